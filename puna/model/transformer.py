@@ -1,0 +1,151 @@
+"""The Llama decoder (Touvron et al. 2023, arXiv:2302.13971, section 2; Llama 3, arXiv:2407.21783, section 3.2).
+
+The same module pretrains, fine-tunes and serves. What differs between those is passed in as `attend`.
+
+Shapes: B batch, T tokens, D model dimension, H query heads, G key/value heads, K head dimension, F feed-forward
+dimension, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puna.model.attend import Attend, causal
+from puna.model.config import LlamaConfig
+from puna.model.rope import Rotation, frequencies, rotate, rotation
+
+
+Result = TypeVar("Result")
+
+
+class Linear(nn.Linear):
+    """A linear map computed in the activations' dtype.
+
+    Parameters can so be kept in float32 (where small updates are not lost, and gradients of several micro-batches
+    add up exactly) while the multiplication runs in bfloat16. Where both agree, as in serving, nothing is cast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4); the mean is in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.query = Linear(config.dim, query_dim, bias=config.qkv_bias)
+        self.key = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.value = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.output = Linear(query_dim, config.dim, bias=False)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        q_BTHK = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTGK = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTGK = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTHK = rotate(self.query_norm(q_BTHK), rotation)
+        k_BTGK = rotate(self.key_norm(k_BTGK), rotation)
+        o_BTHK = attend(self.layer, q_BTHK, k_BTGK, v_BTGK)
+        return self.output(o_BTHK.flatten(-2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, equation 6)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.dim, config.hidden_dim, bias=False)
+        self.up = Linear(config.dim, config.hidden_dim, bias=False)
+        self.down = Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer: attention, then feed-forward."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, attend)
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Token ids to next-token logits.
+
+    Parameters come uninitialised: call `puna.model.initialize.initialize`, or load weights. Build under
+    `torch.device("meta")` to get the shapes without the memory.
+
+    Attributes:
+        compute_dtype: the dtype of the activations; None means the parameters' own. Training in "bf16" keeps
+            float32 parameters and sets this to bfloat16.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        attend: Attend = causal,
+        head: Callable[[Tensor, Linear], Result] | None = None,
+    ) -> Tensor | Result:
+        """Logits of the token after each token, shape [B, T, V].
+
+        Args:
+            ids_BT: token ids.
+            positions_BT: position of each token within its document; 0, 1, 2, ... when absent.
+            attend: the attention context.
+            head: called as head(h_BTD, output) in place of output(h_BTD), with the normalised hidden states and
+                the output projection; forward returns what it returns. It is here, inside forward, that a loss
+                which never materialises all logits belongs, or a classifier, or an embedding.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        x_BTD = self.embedding(ids_BT)
+        if self.compute_dtype is not None:
+            x_BTD = x_BTD.to(self.compute_dtype)
+        turn = rotation(positions_BT, frequencies(self.config, ids_BT.device), x_BTD.dtype)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, turn, attend)
+        h_BTD = self.norm(x_BTD)
+        return self.output(h_BTD) if head is None else head(h_BTD, self.output)
