@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import textwrap
 import tomllib
@@ -138,9 +139,7 @@ def _explain(error: Any, source: str) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"])
-        message = (
-            str(problem["msg"]).removeprefix("Value error, ").removeprefix("Unexpected keyword argument")
-        )
+        message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Unexpected keyword argument")
         if problem["type"] == "missing":
             message = "is required and has no default"
         elif problem["type"] != "value_error":
@@ -154,7 +153,7 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)

@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, S keys, H query heads, G key/value heads, K head dime
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -42,9 +42,7 @@ def _llama3(dim: int, num_layers: int, num_heads: int, hidden_dim: int) -> Llama
     return replace(config, vocab_size=128_256, context_length=8192, rope_theta=500_000.0)
 
 
-def _long(
-    llama3: LlamaConfig, factor: float, *, head_dim: int = 128, tie_embeddings: bool = False
-) -> LlamaConfig:
+def _long(llama3: LlamaConfig, factor: float, *, head_dim: int = 128, tie_embeddings: bool = False) -> LlamaConfig:
     return replace(
         llama3,
         context_length=131_072,
@@ -82,9 +80,7 @@ def _qwen2(
     )
 
 
-def _qwen3(
-    dim: int, num_layers: int, num_heads: int, hidden_dim: int, *, tie_embeddings: bool = False
-) -> LlamaConfig:
+def _qwen3(dim: int, num_layers: int, num_heads: int, hidden_dim: int, *, tie_embeddings: bool = False) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=151_936,
         dim=dim,
@@ -139,9 +135,7 @@ PRESETS: dict[str, LlamaConfig] = {
     "qwen2-72b": _qwen2(8192, 80, 64, 8, 29_568, norm_eps=1e-5),
     "qwen2.5-0.5b": _QWEN2_05B,
     "qwen2.5-1.5b": _QWEN2_15B,
-    "qwen2.5-3b": _qwen2(
-        2048, 36, 16, 2, 11_008, vocab_size=151_936, context_length=32_768, tie_embeddings=True
-    ),
+    "qwen2.5-3b": _qwen2(2048, 36, 16, 2, 11_008, vocab_size=151_936, context_length=32_768, tie_embeddings=True),
     "qwen2.5-7b": _QWEN2_7B,
     "qwen2.5-14b": _qwen2(5120, 48, 40, 8, 13_824, norm_eps=1e-5),
     "qwen2.5-32b": _qwen2(5120, 64, 40, 8, 27_648, norm_eps=1e-5),
@@ -166,7 +160,5 @@ def preset(name: str) -> LlamaConfig:
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"There is no published model {name!r}; did you mean {near!r}? Known: {', '.join(PRESETS)}."
-        )
+        raise ValueError(f"There is no published model {name!r}; did you mean {near!r}? Known: {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -17,7 +17,6 @@ from puna.model.attend import Attend, causal
 from puna.model.config import LlamaConfig
 from puna.model.rope import Rotation, frequencies, rotate, rotation
 
-
 Result = TypeVar("Result")
 
 

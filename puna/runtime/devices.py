@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import time
 from typing import Literal
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from puna.runtime.errors import InputError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+
+_PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 tensor-core peaks from NVIDIA's data sheets, by a part of the device's name."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -50,3 +54,26 @@ def keep_freed_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that the device could do at best in matrix products of `dtype`.
+
+    A GPU's bfloat16 peak is its data sheet's. For everything else it is the best of a few large products, timed here
+    in about half a second.
+    """
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in _PEAK_BF16_FLOPS.items():
+            if part in name:
+                return peak
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

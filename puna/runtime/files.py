@@ -1,12 +1,13 @@
 """Files that are either there and whole, or not there at all."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,43 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file, gzipped if its name ends in .gz; of every such file in a folder, by name.
+
+    Raises:
+        InputError: nothing there, a line is not a JSON object (with its number), or the gzip stream is broken.
+    """
+    if path.is_dir():
+        files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in path.glob(pattern))
+        if not files:
+            raise InputError(f"{path} holds no .jsonl or .jsonl.gz file.")
+        for part in files:
+            yield from read_jsonl(part)
+        return
+    if not path.exists():
+        raise InputError(f"{path} does not exist.")
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise InputError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}.")
+                yield value
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise InputError(f"{path} breaks off or is not what its name says, after line {number}: {error}.") from error
+
+
+def write_jsonl(destination: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object a line, atomically; return how many."""
+    count = 0
+    with atomic_path(destination) as path, path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -19,6 +19,16 @@ from puna.runtime.files import file_hash, read_json, write_json
 FILE_NAME = "puna.json"
 
 
+@cache
+def code_version() -> str:
+    """Release and a hash over the package's own sources, so that an edited checkout is told from a release."""
+    package = Path(puna.__file__).parent
+    digest = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
+    return f"{puna.__version__}+{digest.hexdigest()[:12]}"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The record beside an artifact."""
@@ -31,7 +41,7 @@ class Manifest:
     """Path of each input -> its content hash (`content_hash`)."""
     results: dict[str, Any] = field(default_factory=dict)
     """What the stage measured: counts, losses, seconds, each name with its unit."""
-    code_version: str = field(default_factory=lambda: code_version())
+    code_version: str = field(default_factory=code_version)
     created: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     """UTC."""
     machine: str = field(default_factory=platform.platform)
@@ -52,16 +62,6 @@ class Manifest:
             return cls(**values)
         except TypeError as error:
             raise InputError(f"{directory / FILE_NAME} is not a Puna manifest: {error}.") from error
-
-
-@cache
-def code_version() -> str:
-    """Release and a hash over the package's own sources, so that an edited checkout is told from a release."""
-    package = Path(puna.__file__).parent
-    digest = hashlib.sha256()
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
-    return f"{puna.__version__}+{digest.hexdigest()[:12]}"
 
 
 def content_hash(path: Path) -> str:

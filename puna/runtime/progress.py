@@ -42,11 +42,7 @@ def progress(title: str, total: int | None, *, every_seconds: float = 10.0) -> I
         now = time.monotonic()
         if done == total or now - shown >= every_seconds:
             shown = now
-            left = (
-                f", {duration((now - started) / done * (total - done))} left"
-                if total and 0 < done < total
-                else ""
-            )
+            left = f", {duration((now - started) / done * (total - done))} left" if total and 0 < done < total else ""
             of = f"/{total:,}" if total else ""
             console.print(f"{title}: {done:,}{of}{left}{', ' + note if note else ''}", soft_wrap=True)
 

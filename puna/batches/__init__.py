@@ -1,0 +1,1 @@
+"""From documents to batches: token shards, packing, conversations; every row addressed by its number."""

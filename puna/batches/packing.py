@@ -1,0 +1,188 @@
+"""Rows of fixed length out of documents of any length, each a pure function of (shards, seed, row number).
+
+Two ways to fill rows:
+    `cut`    documents in shuffled order form one stream, cut every `row_length` tokens: nothing is wasted. For
+             pretraining.
+    `whole`  documents stay whole and are fitted side by side, the tightest fit first. For conversations, where an
+             answer must see its question.
+
+In both a token knows its document and its position, so that attention stays inside documents (Llama 3,
+arXiv:2407.21783, section 3.2). What a cut sends to the next row starts again from position 0 there.
+
+Shapes: B rows, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from puna.batches.shards import TokenShards
+from puna.runtime.errors import InputError
+from puna.runtime.seeds import derive_seed
+
+IGNORE = -100
+"""Label of a position that is not a training target."""
+
+PADDING = -1
+"""Document number of padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Rows of packed documents."""
+
+    ids_BT: Tensor
+    """Token ids, int64."""
+    labels_BT: Tensor
+    """The id that should follow each token, or IGNORE, int64."""
+    positions_BT: Tensor
+    """Position of each token in its document's part within the row, int64."""
+    documents_BT: Tensor
+    """Number of each token's document within its row, rising from 0; PADDING for padding, int64."""
+
+    @property
+    def num_targets(self) -> int:
+        """How many positions carry a loss."""
+        return int((self.labels_BT != IGNORE).sum())
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same batch on another device."""
+        return TokenBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def split(self, micro_rows: int) -> "list[TokenBatch]":
+        """The same rows in micro-batches of at most `micro_rows`."""
+        parts = [getattr(self, field.name).split(micro_rows) for field in fields(self)]
+        return [TokenBatch(*part) for part in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens [start, stop) of a document."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class PackedRows:
+    """Endless rows of `row_length` tokens, epoch after epoch, each epoch in an order of its own.
+
+    Args:
+        shards: the documents.
+        row_length: tokens in a row.
+        seed: of the order.
+        packing: "cut" or "whole", see above. A document longer than a row is cut off in "whole".
+        pad_id: fills the ends of rows.
+
+    Raises:
+        InputError: fewer tokens than one row.
+    """
+
+    def __init__(
+        self, shards: TokenShards, row_length: int, seed: int, packing: Literal["cut", "whole"], pad_id: int = 0
+    ) -> None:
+        if packing == "cut" and shards.num_tokens < row_length:
+            raise InputError(
+                f"{shards.directory} holds {shards.num_tokens:,} tokens, less than one row of {row_length:,}. "
+                "Give more text, or a smaller row_length."
+            )
+        self.shards, self.row_length, self.seed, self.pad_id = shards, row_length, seed, pad_id
+        self.packing = packing
+        self._layout = lru_cache(maxsize=2)(self._stream_of_epoch if packing == "cut" else self._fit_of_epoch)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass over the documents: the same in every epoch, since only their order changes."""
+        if self.packing == "cut":
+            return self.shards.num_tokens // self.row_length
+        return len(self._layout(0)[1])
+
+    def batch(self, rows: Sequence[int]) -> TokenBatch:
+        """Rows by number, counted from 0 over all epochs."""
+        filled = [self._fill(self._pieces(row)) for row in rows]
+        return TokenBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*filled, strict=True)))
+
+    def documents(self, row: int) -> list[int]:
+        """The documents that a row holds tokens of."""
+        return [piece.document for piece in self._pieces(row)]
+
+    def _pieces(self, row: int) -> list[_Piece]:
+        epoch, within = divmod(row, self.rows_per_epoch)
+        order, marks = self._layout(epoch)
+        if self.packing == "whole":
+            lengths = self.shards.lengths()
+            return [_Piece(d, 0, min(int(lengths[d]), self.row_length)) for d in marks[within]]
+        start, stop = within * self.row_length, (within + 1) * self.row_length
+        first, last = np.searchsorted(marks, (start, stop - 1), side="right") - 1
+        return [
+            _Piece(int(order[n]), max(start - int(marks[n]), 0), int(min(stop, marks[n + 1]) - marks[n]))
+            for n in range(first, last + 1)
+        ]
+
+    def _stream_of_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        order = np.random.default_rng(derive_seed(self.seed, "documents", epoch)).permutation(len(self.shards))
+        return order, np.concatenate(([0], np.cumsum(self.shards.lengths()[order])))
+
+    def _fit_of_epoch(self, epoch: int) -> tuple[None, list[list[int]]]:
+        generator = np.random.default_rng(derive_seed(self.seed, "documents", epoch))
+        shuffled = generator.permutation(len(self.shards))
+        lengths = np.minimum(self.shards.lengths(), self.row_length)
+        longest_first = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+        rows = best_fit(lengths[longest_first].tolist(), self.row_length)
+        order = generator.permutation(len(rows))
+        return None, [[int(longest_first[item]) for item in rows[n]] for n in order]
+
+    def _fill(self, pieces: list[_Piece]) -> tuple[NDArray[np.int64], ...]:
+        ids = np.full(self.row_length, self.pad_id, dtype=np.int64)
+        labels = np.full(self.row_length, IGNORE, dtype=np.int64)
+        positions = np.zeros(self.row_length, dtype=np.int64)
+        documents = np.full(self.row_length, PADDING, dtype=np.int64)
+        at = 0
+        for number, piece in enumerate(pieces):
+            span = slice(at, at + piece.stop - piece.start)
+            ids[span] = self.shards.ids(piece.document, piece.start, piece.stop)
+            # A token's label is the next token of the same document, also where that stands in the next row.
+            targets = self.shards.ids(piece.document, piece.start + 1, piece.stop + 1).astype(np.int64)
+            mask = self.shards.mask(piece.document, piece.start + 1, piece.stop + 1)
+            if mask is not None:
+                targets = np.where(mask, targets, IGNORE)
+            labels[at : at + len(targets)] = targets
+            positions[span] = np.arange(piece.stop - piece.start)
+            documents[span] = number
+            at = span.stop
+        return ids, labels, positions, documents
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack items into bins: each goes to the fullest bin that still has room (best-fit; decreasing lengths waste least).
+
+    Args:
+        lengths: of each item, none above `capacity`.
+        capacity: of each bin.
+
+    Returns:
+        The items of each bin. Ding et al. 2024 (arXiv:2404.10830) show what this is good for in training.
+    """
+    bins: list[list[int]] = []
+    bins_with_space: dict[int, list[int]] = {}
+    spaces = 0  # bit s is set when some bin has s left: the tightest fit is the lowest set bit at or above a length
+    for item, length in enumerate(lengths):
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            target = bins_with_space[space].pop()
+            if not bins_with_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, target = capacity, len(bins)
+            bins.append([])
+        bins[target].append(item)
+        bins_with_space.setdefault(space - length, []).append(target)
+        spaces |= 1 << (space - length)
+    return bins

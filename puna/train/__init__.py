@@ -1,0 +1,1 @@
+"""The one training step, its loop, and what surrounds them: optimiser, schedule, checkpoints, metrics."""

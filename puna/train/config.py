@@ -1,0 +1,101 @@
+"""Everything about training that is not the data, the model or the loss."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from puna.runtime.devices import DeviceName
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's running mean; 0.95 as in the Llama papers."""
+    epsilon: float = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: float = 0.1
+    """Of the weights of linear layers; norms, biases and embeddings have none."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it has to be positive.")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it has to be positive.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate moves: linear warm-up, then down."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`cosine` falls to the end; `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays at the
+    peak and falls linearly over the last `decay_steps`; `constant` stays."""
+    warmup_steps: int = 100
+    """Steps of linear rise from zero."""
+    decay_steps: int = 0
+    """`wsd` only: steps of the final fall."""
+    final_ratio: float = 0.1
+    """The last learning rate as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_rows: int = 16
+    """Rows in one optimiser step."""
+    micro_batch_rows: int = 16
+    """Rows in one forward and backward pass; fewer need less memory and give the same result."""
+    row_length: int = 512
+    """Tokens in a row."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the activations and products; parameters, gradients and optimiser state are float32 in both."""
+    compile: bool = False
+    """Compile each layer with torch.compile (needs a C++ compiler; worth it from some hundred steps on)."""
+    seed: int = 0
+    """Of the initial weights and of the order of data."""
+    device: DeviceName = "auto"
+    """"auto" takes a GPU where there is one."""
+    num_threads: int = 0
+    """CPU threads; 0 means every core."""
+    log_every: int = 10
+    """Steps between two points of the curves."""
+    validate_every: int = 0
+    """Steps between two measurements on held-out rows; 0 means only at the end."""
+    validation_rows: int = 256
+    """Measure on at most this many held-out rows."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 means only at the end."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on disk."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    wandb_project: str = ""
+    """Log to this Weights & Biases project too; empty means not."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimiser."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over time."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "micro_batch_rows", "row_length", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+        if self.batch_rows % self.micro_batch_rows:
+            raise ValueError(
+                f"batch_rows ({self.batch_rows}) has to be a multiple of micro_batch_rows ({self.micro_batch_rows})."
+            )
+        falling = self.schedule.warmup_steps + (self.schedule.decay_steps if self.schedule.kind == "wsd" else 0)
+        if falling > self.steps:
+            raise ValueError(
+                f"Warm-up and decay together take {falling} steps, more than the {self.steps} steps of the run."
+            )
