@@ -1,0 +1,1 @@
+"""Text to ids and back: SentencePiece, tiktoken, tokenizer.json; training a vocabulary; chat rendering."""
