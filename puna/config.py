@@ -37,8 +37,7 @@ def load_config(kind: type[Config], recipe: Path | None, overrides: Iterable[str
             dataclass itself refuses the combination.
     """
     values = read_toml(recipe) if recipe is not None else {}
-    for override in overrides:
-        _apply_override(values, override)
+    apply_overrides(values, overrides)
     return parse_config(kind, values, source=str(recipe) if recipe is not None else "--set")
 
 
@@ -58,6 +57,29 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not UTF-8 text, so it cannot be a TOML recipe.") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {error}.") from error
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Set "a.b=value" in nested tables, in place, in order.
+
+    Raises:
+        InputError: an override does not read KEY=VALUE, or goes through something that is not a table.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {override!r} does not read KEY=VALUE, for example --set train.steps=100.")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *tables, last = key.strip().split(".")
+        table: Any = values
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {override!r} goes through {name!r}, which holds a value, not a table.")
+        table[last] = value
 
 
 def parse_config(kind: type[Config], values: Mapping[str, Any], source: str) -> Config:
@@ -81,22 +103,6 @@ def to_plain(config: Any) -> Any:
 def render_defaults(kind: type[Any]) -> str:
     """A commented TOML recipe holding every field of `kind` with its default."""
     return "\n".join(_render_table(kind, path="")) + "\n"
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"--set {override!r} does not read KEY=VALUE, for example --set train.steps=100.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *tables, last = key.strip().split(".")
-    for table in tables:
-        values = values.setdefault(table, {})
-        if not isinstance(values, dict):
-            raise InputError(f"--set {override!r} goes through {table!r}, which holds a value, not a table.")
-    values[last] = value
 
 
 def _to_json(values: Mapping[str, Any], source: str) -> str:

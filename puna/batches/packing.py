@@ -14,7 +14,7 @@ Shapes: B rows, T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -70,6 +70,43 @@ class _Piece:
     stop: int
 
 
+class _Cut:
+    """One epoch of `cut`: a shuffled stream of documents."""
+
+    def __init__(self, lengths: NDArray[np.int64], row_length: int, generator: np.random.Generator) -> None:
+        self.row_length = row_length
+        self.order = generator.permutation(len(lengths))
+        self.starts = np.concatenate(([0], np.cumsum(lengths[self.order])))
+        self.num_rows = int(self.starts[-1]) // row_length
+
+    def pieces(self, row: int) -> list[_Piece]:
+        start, stop = row * self.row_length, (row + 1) * self.row_length
+        first, last = np.searchsorted(self.starts, (start, stop - 1), side="right") - 1
+        return [
+            _Piece(
+                int(self.order[n]),
+                max(start - int(self.starts[n]), 0),
+                int(min(stop, self.starts[n + 1]) - self.starts[n]),
+            )
+            for n in range(first, last + 1)
+        ]
+
+
+class _Whole:
+    """One epoch of `whole`: documents fitted into rows, rows shuffled."""
+
+    def __init__(self, lengths: NDArray[np.int64], row_length: int, generator: np.random.Generator) -> None:
+        self.lengths = np.minimum(lengths, row_length)
+        shuffled = generator.permutation(len(lengths))
+        longest_first = shuffled[np.argsort(-self.lengths[shuffled], kind="stable")]
+        rows = best_fit(self.lengths[longest_first].tolist(), row_length)
+        self.rows = [[int(longest_first[item]) for item in rows[n]] for n in generator.permutation(len(rows))]
+        self.num_rows = len(rows)
+
+    def pieces(self, row: int) -> list[_Piece]:
+        return [_Piece(document, 0, int(self.lengths[document])) for document in self.rows[row]]
+
+
 class PackedRows:
     """Endless rows of `row_length` tokens, epoch after epoch, each epoch in an order of its own.
 
@@ -93,15 +130,9 @@ class PackedRows:
                 "Give more text, or a smaller row_length."
             )
         self.shards, self.row_length, self.seed, self.pad_id = shards, row_length, seed, pad_id
-        self.packing = packing
-        self._layout = lru_cache(maxsize=2)(self._stream_of_epoch if packing == "cut" else self._fit_of_epoch)
-
-    @property
-    def rows_per_epoch(self) -> int:
+        self._layout = lru_cache(maxsize=2)(partial(self._make_layout, _Cut if packing == "cut" else _Whole))
+        self.rows_per_epoch = self._layout(0).num_rows
         """Rows in one pass over the documents: the same in every epoch, since only their order changes."""
-        if self.packing == "cut":
-            return self.shards.num_tokens // self.row_length
-        return len(self._layout(0)[1])
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """Rows by number, counted from 0 over all epochs."""
@@ -114,29 +145,11 @@ class PackedRows:
 
     def _pieces(self, row: int) -> list[_Piece]:
         epoch, within = divmod(row, self.rows_per_epoch)
-        order, marks = self._layout(epoch)
-        if self.packing == "whole":
-            lengths = self.shards.lengths()
-            return [_Piece(d, 0, min(int(lengths[d]), self.row_length)) for d in marks[within]]
-        start, stop = within * self.row_length, (within + 1) * self.row_length
-        first, last = np.searchsorted(marks, (start, stop - 1), side="right") - 1
-        return [
-            _Piece(int(order[n]), max(start - int(marks[n]), 0), int(min(stop, marks[n + 1]) - marks[n]))
-            for n in range(first, last + 1)
-        ]
+        return self._layout(epoch).pieces(within)
 
-    def _stream_of_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order = np.random.default_rng(derive_seed(self.seed, "documents", epoch)).permutation(len(self.shards))
-        return order, np.concatenate(([0], np.cumsum(self.shards.lengths()[order])))
-
-    def _fit_of_epoch(self, epoch: int) -> tuple[None, list[list[int]]]:
+    def _make_layout(self, kind: type[_Cut] | type[_Whole], epoch: int) -> _Cut | _Whole:
         generator = np.random.default_rng(derive_seed(self.seed, "documents", epoch))
-        shuffled = generator.permutation(len(self.shards))
-        lengths = np.minimum(self.shards.lengths(), self.row_length)
-        longest_first = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
-        rows = best_fit(lengths[longest_first].tolist(), self.row_length)
-        order = generator.permutation(len(rows))
-        return None, [[int(longest_first[item]) for item in rows[n]] for n in order]
+        return kind(self.shards.lengths(), self.row_length, generator)
 
     def _fill(self, pieces: list[_Piece]) -> tuple[NDArray[np.int64], ...]:
         ids = np.full(self.row_length, self.pad_id, dtype=np.int64)
@@ -160,7 +173,7 @@ class PackedRows:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items into bins: each goes to the fullest bin that still has room (best-fit; decreasing lengths waste least).
+    """Pack items into bins: each goes to the fullest bin that still has room; decreasing lengths waste least.
 
     Args:
         lengths: of each item, none above `capacity`.

@@ -53,7 +53,8 @@ class ShardWriter:
         """Append one document; `mask` must be given for every document or for none."""
         if self._ids is None or self._shard_sizes[-1] >= self.shard_tokens:
             self._next_shard(with_mask=mask is not None)
-        assert self._ids is not None and (mask is None) == (self._mask is None)
+        assert self._ids is not None
+        assert (mask is None) == (self._mask is None)
         self._ids.write(np.asarray(ids, dtype=self._dtype).tobytes())
         if mask is not None and self._mask is not None:
             assert len(mask) == len(ids)

@@ -11,7 +11,7 @@ from puna.config import to_plain
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, read_jsonl
 from puna.runtime.manifest import Manifest, content_hash
-from puna.runtime.progress import console, progress
+from puna.runtime.progress import progress, say
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
 
@@ -48,7 +48,7 @@ def main(config: TokenizeConfig) -> None:
         if not writer.num_tokens:
             raise InputError(f"{config.documents} holds no text, so there is nothing to tokenise.")
         Manifest("tokenize", to_plain(config), inputs, writer.results(tokenizer.hash)).write(folder)
-    console.print(
+    say(
         f"{writer.num_tokens:,} tokens from {writer.num_bytes:,} bytes "
         f"({writer.num_bytes / writer.num_tokens:.2f} bytes a token) in {config.output}"
     )

@@ -11,6 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False)
 
 
+def say(message: str) -> None:
+    """Tell the user something in one line; long lines are not broken, so that paths can be copied."""
+    console.print(message, soft_wrap=True, markup=False)
+
+
 class Advance(Protocol):
     """Reports that work was done."""
 

@@ -5,11 +5,15 @@ They are in the format of torch.distributed.checkpoint, which can be read on ano
 
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, read_json, write_json
@@ -25,9 +29,12 @@ def save_checkpoint(state: TrainState, directory: Path, run: dict[str, Any], kee
         run: plain values that define the run; `restore` refuses a checkpoint of another.
         keep: how many stay.
     """
+    for abandoned in directory.glob(".step-*.tmp-*"):
+        shutil.rmtree(abandoned)
     with atomic_path(directory / f"step-{state.step:08}") as path:
         model, optimizer = get_state_dict(state.model, state.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=path, no_dist=True)
+        with _single_process():
+            save({"model": model, "optimizer": optimizer}, checkpoint_id=path, no_dist=True)
         write_json(path / "run.json", {"step": state.step, "run": run})
     for old in _checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
@@ -51,15 +58,24 @@ def restore(state: TrainState, directory: Path, run: dict[str, Any]) -> bool:
         )
     model, optimizer = get_state_dict(state.model, state.optimizer)
     try:
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=newest, no_dist=True)
+        with _single_process():
+            load({"model": model, "optimizer": optimizer}, checkpoint_id=newest, no_dist=True)
     except Exception as error:  # whatever a damaged file makes the reader raise
+        reason = str(error).strip().rsplit("\n", 1)[-1]
         raise InputError(
-            f"The checkpoint {newest} cannot be read ({type(error).__name__}: {str(error)[:200]}). Delete it to go on "
-            "from the one before."
+            f"The checkpoint {newest} cannot be read ({reason}). Delete it to go on from the one before."
         ) from error
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     state.step = saved["step"]
     return True
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """torch warns that there is only one process, which we know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _checkpoints(directory: Path) -> list[Path]:

@@ -27,7 +27,7 @@ def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, igno
 
     The products run in the dtype of `h_ND`; the softmax in float32.
     """
-    total: Tensor = _LinearCrossEntropy.apply(h_ND, weight_VD, labels_N, ignore, torch.is_grad_enabled())
+    total: Tensor = _LinearCrossEntropy.apply(h_ND, weight_VD, labels_N, ignore, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return total
 
 
@@ -40,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         rows = max(1, _SLICE_BYTES // (4 * weight.shape[0]))
-        for chosen in targets.split(rows):
+        for chosen in torch.split(targets, rows):
             h, labels = h_ND[chosen], labels_N[chosen, None]
             logits = (h @ weight.T).float()
             log_sum = logits.logsumexp(-1, keepdim=True)

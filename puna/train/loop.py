@@ -12,7 +12,7 @@ from puna.batches.packing import PackedRows
 from puna.model.accounting import training_flops_per_token
 from puna.model.transformer import Transformer
 from puna.runtime.devices import open_device, peak_flops
-from puna.runtime.progress import console, duration, progress
+from puna.runtime.progress import duration, progress, say
 from puna.train.checkpoint import restore, save_checkpoint
 from puna.train.config import TrainConfig
 from puna.train.loss import Loss
@@ -21,20 +21,19 @@ from puna.train.optimizer import build_optimizer
 from puna.train.state import TrainState
 from puna.train.step import train_step
 
-_FREE_TO_CHANGE = frozenset(
-    [
-        "micro_batch_rows",
-        "device",
-        "num_threads",
-        "compile",
-        "log_every",
-        "validate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "tensorboard",
-        "wandb_project",
-    ]
-)
+_FREE_TO_CHANGE = {
+    "micro_batch_rows",
+    "device",
+    "num_threads",
+    "compile",
+    "log_every",
+    "validate_every",
+    "validation_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "wandb_project",
+}
 """Settings that a resumed run may change, because they do not move the loss (beyond rounding)."""
 
 
@@ -93,7 +92,7 @@ def fit(
     defining = run | {"train": {k: v for k, v in run["train"].items() if k not in _FREE_TO_CHANGE}}
     checkpoints = output / "checkpoints"
     if restore(state, checkpoints, defining):
-        console.print(f"Going on from step {state.step:,} of {config.steps:,}.")
+        say(f"Going on from step {state.step:,} of {config.steps:,}.")
 
     flops_per_token = training_flops_per_token(model.config, mean_context=(config.row_length + 1) / 2)
     peak = peak_flops(device, model.compute_dtype or torch.float32)
@@ -138,7 +137,7 @@ def fit(
                 clock, clock_step = time.monotonic(), state.step
             advance(1, note)
     result_of_run = _summarise(read_metrics(output / "metrics.jsonl"), time.monotonic() - started)
-    console.print(str(result_of_run))
+    say(str(result_of_run))
     return result_of_run
 
 

@@ -33,7 +33,7 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
         if wandb_project:
             try:
                 import wandb

@@ -1,0 +1,130 @@
+"""The command line: parse, load the configuration, call the stage's main.
+
+Nothing heavy is imported before a stage is chosen, so that `puna --help` answers at once.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from puna.pipeline.stages import STAGES, load_stage
+from puna.runtime.errors import InputError
+
+app = typer.Typer(
+    name="puna",
+    help="From raw text to an aligned, measured, served Llama.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+inspect_app = typer.Typer(help="Look at what Puna made or reads.", no_args_is_help=True)
+app.add_typer(inspect_app, name="inspect")
+
+Source = Annotated[
+    str | None,
+    typer.Argument(metavar="[RECIPE.toml|MODEL]", help="A TOML recipe; or a model, for stages that start from one."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.steps=100.")
+]
+
+
+def _run_stage(name: str, source: str | None, settings: list[str]) -> None:
+    from puna.config import load_config
+
+    kind, main = load_stage(name)
+    recipe = None
+    if source is not None:
+        starts_from_model = next((key for key in ("model", "source") if key in kind.__annotations__), None)
+        if starts_from_model and not source.endswith(".toml"):
+            settings = [f"{starts_from_model}={source}", *settings]
+        else:
+            recipe = Path(source)
+    main(load_config(kind, recipe, settings))
+
+
+def _add_stage(name: str) -> None:
+    def command(source: Source = None, set_: Settings = None) -> None:
+        _run_stage(name, source, set_ or [])
+
+    command.__doc__ = f"{STAGES[name].help}\n\n`puna config {name}` prints every setting with its meaning and default."
+    app.command(name)(command)
+
+
+for _name in STAGES:
+    _add_stage(_name)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="A recipe of several stages.")],
+    set_: Settings = None,
+) -> None:
+    """Run the stages of a recipe in order, skipping those that are up to date, and write a report."""
+    from puna.pipeline.run import run_recipe
+
+    run_recipe(recipe, set_ or [])
+
+
+@app.command()
+def config(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="One of: " + ", ".join(STAGES) + ".")],
+) -> None:
+    """Print a recipe of a stage: every setting, what it means, and its default."""
+    from puna.config import render_defaults
+
+    kind, _ = load_stage(stage)
+    print(render_defaults(kind), end="")
+
+
+@inspect_app.command("chat")
+def inspect_chat(
+    model: Annotated[Path, typer.Argument(help="A model directory, or a tokenizer file.")],
+    conversations: Annotated[
+        Path | None, typer.Option(help='JSON Lines with "messages"; a short example where absent.')
+    ] = None,
+    index: Annotated[int, typer.Option(help="Which conversation, counted from 0.")] = 0,
+    template: Annotated[str | None, typer.Option(help="A built-in chat template: llama2, llama3 or chatml.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids.")] = False,
+) -> None:
+    """Show a conversation as the model is trained on it: special tokens, and what is supervised, in colour."""
+    from puna.pipeline.inspect import show_chat
+
+    show_chat(model, conversations, index, template, ids)
+
+
+@inspect_app.command("model")
+def inspect_model(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or the name of a published model such as llama-3.1-8b.")],
+) -> None:
+    """Show a model's architecture, and its parameters, FLOPs and cache bytes."""
+    from puna.pipeline.inspect import show_model
+
+    show_model(model)
+
+
+def main() -> None:
+    """Entry point: exit status 0 when done, 2 for wrong use or bad input, 1 for a fault of ours, 130 for Ctrl-C."""
+    # Read by OpenMP when torch is imported: waiting threads sleep instead of burning the core that another one needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except (InputError, OSError) as error:
+        if os.environ.get("PUNA_TRACEBACK"):
+            traceback.print_exc()
+        message = str(error) if isinstance(error, InputError) else _explain(error)
+        print(f"puna: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("puna: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _explain(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{what}: {error.filename}." if error.filename else f"{what}."

@@ -1,0 +1,1 @@
+"""Numbers to decide by: likelihoods, answers, and baselines to hold them against."""

@@ -1,0 +1,122 @@
+"""`puna evaluate`: bits per byte on held-out text and on the answers to held-out questions, beside baselines."""
+
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puna.batches.shards import TokenShards
+from puna.batches.tokenize import tokenize_documents
+from puna.config import to_plain
+from puna.evaluate.answers import answer_bits_per_byte, ask, shuffled_word_f1
+from puna.evaluate.baselines import KneserNey, gzip_bits_per_byte
+from puna.evaluate.likelihood import bits_per_byte, total_nats
+from puna.infer.engine import Engine
+from puna.infer.load import EngineConfig, load_engine
+from puna.infer.sampling import SamplingParams
+from puna.runtime.errors import InputError
+from puna.runtime.files import atomic_path, read_jsonl, write_json, write_jsonl
+from puna.runtime.manifest import Manifest, content_hash
+from puna.runtime.progress import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a model on text and questions that it was not trained on."""
+
+    model: Path
+    """Model directory."""
+    output: Path
+    """Folder to write results.json, answers.jsonl and samples.jsonl to; replaced when it exists."""
+    documents: Path | None = None
+    """Held-out documents: JSON Lines with "text" and "id"."""
+    questions: Path | None = None
+    """Held-out questions: JSON Lines with "messages", the last of them the reference answer."""
+    max_questions: int = 200
+    """Ask at most this many of them, from the beginning."""
+    max_answer_tokens: int = 100
+    """Cut answers off here."""
+    num_samples: int = 3
+    """Continue the beginnings of this many held-out documents, to look at."""
+    baseline_tokens: Path | None = None
+    """Token shards to train the n-gram baseline on, made by this model's tokenizer; none without."""
+    baseline_order: int = 5
+    """n of the n-gram baseline."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Where and how the model runs."""
+
+    def __post_init__(self) -> None:
+        if self.max_questions < 1 or self.max_answer_tokens < 1 or self.baseline_order < 1:
+            raise ValueError("max_questions, max_answer_tokens and baseline_order have to be at least 1.")
+
+
+def main(config: EvaluateConfig) -> None:
+    """Measure, print, and write results.json, answers.jsonl, samples.jsonl and the manifest."""
+    if config.documents is None and config.questions is None:
+        raise InputError("There is nothing to evaluate: set documents, questions, or both.")
+    engine = load_engine(config.model, config.engine)
+    paths = (config.model, config.documents, config.questions, config.baseline_tokens)
+    inputs = {str(path): content_hash(path) for path in paths if path is not None}
+    results: dict[str, Any] = {}
+    answers: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    if config.documents is not None:
+        results |= _evaluate_documents(engine, config.documents, config)
+        samples = _continue_documents(engine, config.documents, config.num_samples)
+    if config.questions is not None:
+        questions = list(islice(read_jsonl(config.questions), config.max_questions))
+        if not questions:
+            raise InputError(f"{config.questions} holds no question.")
+        asked = ask(engine, questions, config.max_answer_tokens)
+        answers = [asdict(answer) for answer in asked]
+        results |= {
+            "num_questions": len(asked),
+            "answer_bits_per_byte": answer_bits_per_byte(engine, questions),
+            "answer_word_f1": sum(answer.word_f1 for answer in asked) / len(asked),
+            "answer_word_f1_by_chance": shuffled_word_f1(asked),
+        }
+    with atomic_path(config.output) as folder:
+        folder.mkdir()
+        write_json(folder / "results.json", results)
+        write_jsonl(folder / "answers.jsonl", answers)
+        write_jsonl(folder / "samples.jsonl", samples)
+        Manifest("evaluate", to_plain(config), inputs, results).write(folder)
+    for name, value in results.items():
+        say(f"{name:<40} {value:,.4g}" if isinstance(value, float) else f"{name:<40} {value:,}")
+
+
+def _evaluate_documents(engine: Engine, path: Path, config: EvaluateConfig) -> dict[str, Any]:
+    tokenizer = engine.tokenizer
+    tokenized = list(tokenize_documents(tokenizer, read_jsonl(path)))
+    if not tokenized:
+        raise InputError(f"{path} holds no text.")
+    if tokenizer.bos_id is None:
+        raise InputError("This model's tokenizer has no BOS token, so a document's first token cannot be predicted.")
+    texts = [document["text"] for _, document in tokenized]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    nats, num_tokens = total_nats(engine.model, [(ids, None) for ids, _ in tokenized], window=engine.max_context)
+    results = {
+        "num_held_out_bytes": num_bytes,
+        "num_held_out_tokens": num_tokens,
+        "bits_per_byte": bits_per_byte(nats, num_bytes),
+        "gzip_bits_per_byte": gzip_bits_per_byte(texts),
+    }
+    if config.baseline_tokens is not None:
+        shards = TokenShards(config.baseline_tokens, tokenizer.hash)
+        ngrams = KneserNey([shards.ids(n) for n in range(len(shards))], config.baseline_order, tokenizer.vocab_size)
+        baseline_nats = ngrams.total_nats([np.array(ids) for ids, _ in tokenized])
+        results[f"{config.baseline_order}gram_bits_per_byte"] = bits_per_byte(baseline_nats, num_bytes)
+    return results
+
+
+def _continue_documents(engine: Engine, path: Path, count: int) -> list[dict[str, Any]]:
+    """The first lines of some documents, and how the model goes on from there."""
+    prompts = ["".join(row["text"].splitlines(keepends=True)[:12])[:400] for row in islice(read_jsonl(path), count)]
+    sampling = SamplingParams(max_tokens=120, temperature=0.7, top_p=0.95, seed=0)
+    completions = engine.generate([engine.encode(prompt) for prompt in prompts], sampling)
+    return [
+        {"prompt": prompt, "continuation": completion.text}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]

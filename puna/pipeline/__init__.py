@@ -1,0 +1,1 @@
+"""Several stages as one job: the table of stages, runs, reports, and inspection."""

@@ -1,0 +1,200 @@
+"""`report.html`: one page that shows what a run made, how, and how good it is."""
+
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from puna import __version__
+from puna.pipeline.record import StageRecord
+from puna.runtime.files import read_jsonl, write_text
+from puna.runtime.manifest import FILE_NAME, Manifest
+from puna.runtime.progress import duration, say
+from puna.train.metrics import read_metrics
+
+_UNITS = {
+    "num_documents": ("documents", ""),
+    "num_held_out_documents": ("documents held out", ""),
+    "num_bytes": ("text", "bytes"),
+    "num_questions": ("questions", ""),
+    "num_held_out_questions": ("questions held out", ""),
+    "num_tokens": ("tokens", ""),
+    "num_targets": ("training targets", "tokens"),
+    "vocab_size": ("vocabulary", "ids"),
+    "bytes_per_token": ("held-out bytes per token", "bytes/token"),
+    "steps": ("optimiser steps", ""),
+    "train_loss": ("training loss at the end", "nats/token"),
+    "validation_loss": ("held-out loss at the end", "nats/token"),
+    "tokens_per_second": ("training speed, median", "tokens/s"),
+    "model_flops_utilisation": ("model FLOPs utilisation, median", "of the measured peak"),
+    "seconds": ("training time", "s"),
+    "num_held_out_bytes": ("held-out text", "bytes"),
+    "num_held_out_tokens": ("held-out text", "tokens"),
+    "bits_per_byte": ("this model on held-out files", "bits/byte"),
+    "gzip_bits_per_byte": ("gzip -9 on held-out files", "bits/byte"),
+    "answer_bits_per_byte": ("held-out answers, given the question", "bits/byte"),
+    "answer_word_f1": ("overlap of answers with references", "word F1, 0 to 1"),
+    "answer_word_f1_by_chance": ("the same with references shuffled", "word F1, 0 to 1"),
+    "generation_tokens_per_second": ("answering speed, batched", "tokens/s"),
+}
+"""What the results in manifests are called and measured in; results without an entry are left out."""
+
+
+@dataclass(frozen=True)
+class _Figure:
+    title: str
+    caption: str
+    svg: str
+
+
+def write_report(output: Path, records: Sequence[StageRecord]) -> Path:
+    """Write `output`/report.html from the manifests, curves and answers that the stages left there."""
+    manifests = _manifests(output, records)
+    evaluation = next((output / r.name for r in reversed(records) if r.command == "evaluate"), None)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("puna.pipeline").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    newest = max((manifest.created for manifest in manifests.values()), default="")
+    write_text(
+        output / "report.html",
+        page.render(
+            title=output.resolve().name,
+            version=__version__,
+            machine=f"{platform.platform()}, Python {platform.python_version()}",
+            created=newest,
+            numbers=_numbers(manifests),
+            figures=_figures(output, records, manifests),
+            answers=_answers(evaluation),
+            samples=_rows(evaluation, "samples.jsonl"),
+            lineage=[
+                {
+                    "name": record.name,
+                    "command": record.command,
+                    "seconds": duration(record.seconds),
+                    "inputs": manifests[record.name].inputs,
+                    "code_version": manifests[record.name].code_version,
+                    "created": manifests[record.name].created,
+                    "config": json.dumps(manifests[record.name].config, indent=2, ensure_ascii=False),
+                }
+                for record in records
+                if record.name in manifests
+            ],
+        ),
+    )
+    return output / "report.html"
+
+
+def print_summary(output: Path, records: Sequence[StageRecord]) -> None:
+    """The few numbers and answers that one wants to see in the terminal."""
+    for row in _numbers(_manifests(output, records)):
+        if row["unit"] in ("bits/byte", "word F1, 0 to 1", "tokens/s"):
+            say(f"  {row['stage']:<12} {row['name']:<44} {row['value']:>10} {row['unit']}")
+    evaluation = next((output / record.name for record in reversed(records) if record.command == "evaluate"), None)
+    for group in _answers(evaluation):
+        say(f"\n{group['title']}:")
+        for row in group["rows"][:4]:
+            say(f"  Q: {row['question']}\n  A: {row['answer']}\n     (reference: {row['reference']})")
+
+
+def _manifests(output: Path, records: Sequence[StageRecord]) -> dict[str, Manifest]:
+    """The manifest of each stage: in its folder, or with its model."""
+    found = {}
+    for record in records:
+        for folder in (output / record.name, output / record.name / "model"):
+            if (folder / FILE_NAME).exists():
+                found[record.name] = Manifest.read(folder)
+    return found
+
+
+def _numbers(manifests: dict[str, Manifest]) -> list[dict[str, str]]:
+    rows = []
+    for stage, manifest in manifests.items():
+        for key, value in manifest.results.items():
+            name, unit = _UNITS.get(key, ("", ""))
+            if key.endswith("gram_bits_per_byte"):
+                name, unit = f"{key.removesuffix('_bits_per_byte')} model on held-out files", "bits/byte"
+            if name and value is not None:
+                text = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if value >= 100 else f"{value:.3f}"
+                rows.append({"stage": stage, "name": name, "value": text, "unit": unit})
+    return rows
+
+
+def _answers(evaluation: Path | None) -> list[dict[str, Any]]:
+    rows = _rows(evaluation, "answers.jsonl")
+    if not rows:
+        return []
+    best = sorted(rows, key=lambda row: -row["word_f1"])
+    return [
+        {"title": f"Nearest to the reference, of {len(rows)}", "rows": best[:8]},
+        {"title": "As they come", "rows": rows[:8]},
+    ]
+
+
+def _rows(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    return list(read_jsonl(folder / name)) if folder is not None and (folder / name).exists() else []
+
+
+def _figures(output: Path, records: Sequence[StageRecord], manifests: dict[str, Manifest]) -> list[_Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say("The report has no plots, because matplotlib is absent: pip install 'puna[report]'.")
+        return []
+
+    def svg(figure: Any) -> str:
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", bbox_inches="tight")
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+    figures = []
+    for record in records:
+        path = output / record.name / "metrics.jsonl"
+        if not path.exists():
+            continue
+        figure = Figure(figsize=(9, 3.6))
+        loss, rate = figure.subplots(1, 2, width_ratios=(2, 1))
+        points = read_metrics(path)
+        for key, label in (("train/loss", "training"), ("validation/loss", "held out")):
+            curve = [(point["step"], point[key]) for point in points if key in point]
+            if curve:
+                loss.plot(*zip(*curve, strict=True), label=label, marker="o" if len(curve) < 20 else "")
+        loss.set(xlabel="step", ylabel="loss, nats per token")
+        loss.legend()
+        loss.grid(alpha=0.3)
+        rates = [(point["step"], point["train/learning_rate"]) for point in points if "train/learning_rate" in point]
+        rate.plot(*zip(*rates, strict=True), color="tab:green")
+        rate.set(xlabel="step", ylabel="learning rate")
+        rate.grid(alpha=0.3)
+        figure.tight_layout()
+        figures.append(_Figure(f"Loss of {record.name}", f"`puna {record.command}`, by optimiser step.", svg(figure)))
+
+    for name, manifest in manifests.items():
+        bars = {
+            key.removesuffix("_bits_per_byte").replace("bits_per_byte", "this model"): value
+            for key, value in manifest.results.items()
+            if key.endswith("bits_per_byte") and not key.startswith("answer")
+        }
+        if len(bars) > 1:
+            figure = Figure(figsize=(9, 0.5 * len(bars) + 1))
+            axes = figure.subplots()
+            drawn = axes.barh(list(bars), list(bars.values()), color=["tab:orange", *["tab:gray"] * (len(bars) - 1)])
+            axes.bar_label(drawn, fmt="%.3f", padding=3)
+            axes.invert_yaxis()
+            axes.set(xlabel="bits per byte of held-out files (smaller is better)")
+            axes.margins(x=0.12)
+            figures.append(
+                _Figure(
+                    f"Prediction of held-out files ({name})",
+                    "How many bits each needs for a byte of text that it was not trained on. The n-gram model "
+                    "(interpolated Kneser-Ney) was trained on the whole training text, with the same tokens.",
+                    svg(figure),
+                )
+            )
+    return figures

@@ -1,0 +1,43 @@
+"""Every stage by its command's name. Importing this imports no stage."""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from puna.runtime.errors import InputError
+
+
+class Stage(NamedTuple):
+    """Where a stage's configuration class and main function are."""
+
+    module: str
+    config: str
+    help: str
+
+
+STAGES = {
+    "curate": Stage("puna.curate.main", "CurateConfig", "Read raw files into documents and questions."),
+    "tokenizer": Stage("puna.tokenizer.train", "TokenizerConfig", "Train a tokenizer on documents."),
+    "tokenize": Stage("puna.batches.tokenize", "TokenizeConfig", "Turn documents into token shards."),
+    "pretrain": Stage("puna.pretrain.main", "PretrainConfig", "Train a model from random weights."),
+    "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to follow instructions."),
+    "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
+    "convert": Stage("puna.weights.convert", "ConvertConfig", "Convert between Hugging Face, Meta and llama2.c."),
+    "generate": Stage("puna.infer.generate", "GenerateConfig", "Complete prompts."),
+    "chat": Stage("puna.infer.chat", "ChatConfig", "Talk to a model in the terminal."),
+    "serve": Stage("puna.serve.main", "ServeConfig", "Serve a model over HTTP, with the OpenAI protocol."),
+}
+
+
+def load_stage(name: str) -> tuple[type[Any], Callable[[Any], None]]:
+    """A stage's configuration class and its main function.
+
+    Raises:
+        InputError: there is no such stage; the message names the nearest.
+    """
+    if name not in STAGES:
+        near = difflib.get_close_matches(name, STAGES, n=1, cutoff=0)[0]
+        raise InputError(f"There is no stage {name!r}; did you mean {near!r}? Stages: {', '.join(STAGES)}.")
+    module = importlib.import_module(STAGES[name].module)
+    return getattr(module, STAGES[name].config), module.main
