@@ -1,0 +1,185 @@
+"""Any checkpoint to a model, and a model to a model directory."""
+
+from pathlib import Path
+
+import torch
+
+from puna.model.config import LlamaConfig
+from puna.model.transformer import Transformer
+from puna.runtime.errors import InputError
+from puna.runtime.files import atomic_path, write_json
+from puna.runtime.manifest import Manifest
+from puna.tokenizer.base import Tokenizer
+from puna.weights.huggingface import (
+    CONFIG_FILE,
+    MAX_SHARD_BYTES,
+    hf_config,
+    hf_tensors,
+    read_hf_config,
+    save_hf_weights,
+)
+from puna.weights.llama2c import llama2c_tensors, read_llama2c_config
+from puna.weights.meta import PARAMS_FILE, meta_tensors, read_meta_config
+from puna.weights.stored import StoredTensors, copy_weights
+
+HUB = "hub:"
+"""Prefix of a path that names a model on the Hugging Face hub, to be downloaded."""
+
+_HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja")
+
+
+def resolve(path: Path | str) -> Path:
+    """A local path for `path`: itself, or for `hub:org/name` where its download is.
+
+    This is the only place in Puna that uses the network, and only for the prefix `hub:`.
+
+    Raises:
+        InputError: there is nothing at `path`, or the hub has no such model, or cannot be reached.
+    """
+    if not str(path).startswith(HUB):
+        if not Path(path).exists():
+            raise InputError(
+                f"There is no checkpoint at {path}. To download a model from the Hugging Face hub write "
+                f"{HUB}ORGANISATION/NAME."
+            )
+        return Path(path)
+    import huggingface_hub
+
+    name = str(path).removeprefix(HUB)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:  # the hub's errors derive from these
+        raise InputError(f"{path} could not be downloaded: {error}") from error
+
+
+def read_config(path: Path | str) -> LlamaConfig:
+    """The configuration of a checkpoint in any format that `load_model` reads, without its weights.
+
+    Raises:
+        InputError: it is none of these, or is broken or unsupported.
+    """
+    path = resolve(path)
+    match _format(path):
+        case "hf":
+            return read_hf_config(path)
+        case "meta":
+            return read_meta_config(path)
+        case _:
+            return read_llama2c_config(path)
+
+
+def load_model(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """A model in evaluation mode, from any format that Puna reads.
+
+    The model is allocated once, in its final dtype and place, and filled tensor by tensor.
+
+    Args:
+        path: a Hugging Face directory, a Meta directory, a .pth beside its params.json, a .bin of llama2.c, or
+            `hub:org/name` to download the first.
+        dtype: of the parameters; None takes the checkpoint's own.
+
+    Raises:
+        InputError: the checkpoint is broken, incomplete, unsupported, or none of these formats.
+    """
+    path = resolve(path)
+    config = read_config(path)
+    stored = _tensors(path, config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype or stored.dtype).to_empty(device=device)
+    if config.tie_embeddings:
+        model.output.weight = model.embedding.weight  # leaving the meta device separates them
+    copy_weights(model, stored)
+    return model.eval()
+
+
+def _format(path: Path) -> str:
+    if path.is_dir():
+        if (path / CONFIG_FILE).exists():
+            return "hf"
+        if (path / PARAMS_FILE).exists() or any(path.glob("*.pth")) or any(path.glob("*.pt")):
+            return "meta"
+    elif path.suffix in (".pth", ".pt"):
+        return "meta"
+    elif path.suffix == ".bin":
+        return "llama2c"
+    raise InputError(
+        f"{path} is not a checkpoint that Puna reads: a Hugging Face directory (with {CONFIG_FILE}), a Meta "
+        f"directory (with {PARAMS_FILE} and consolidated.00.pth), or a .bin of llama2.c."
+    )
+
+
+def _tensors(path: Path, config: LlamaConfig) -> StoredTensors:
+    match _format(path):
+        case "hf":
+            return hf_tensors(path)
+        case "meta":
+            return meta_tensors(path, config)
+        case _:
+            return llama2c_tensors(path)
+
+
+def save_model(
+    model: Transformer,
+    directory: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    manifest: Manifest | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face model directory, which `transformers` loads without a trust flag; whole or not at all.
+
+    What was at `directory` before is replaced.
+
+    Args:
+        tokenizer: its files go in too, and its ids into config.json and generation_config.json.
+        dtype: to store the weights in; None keeps the parameters'.
+        manifest: becomes `puna.json`.
+
+    Raises:
+        InputError: the tokenizer has more ids than the model, or the model has no Hugging Face form.
+        OSError: the disk is full, or cannot be written; nothing is left behind.
+    """
+    ids: dict[str, int | None] = {}
+    if tokenizer is not None:
+        check_vocabulary(model.config, tokenizer)
+        # An end-of-document token that doubles as padding must stay trainable, see `hf_config`.
+        own_pad = tokenizer.pad_id in tokenizer.special_ids - tokenizer.stop_ids
+        ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+        ids["pad_id"] = tokenizer.pad_id if own_pad else None
+    values = hf_config(model.config, dtype or model.embedding.weight.dtype, **ids)
+    with atomic_path(directory) as fresh:
+        fresh.mkdir()
+        save_hf_weights(model, fresh, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        write_json(fresh / CONFIG_FILE, values)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, fresh)
+        if manifest is not None:
+            manifest.write(fresh)
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """The tokenizer's files, and `generation_config.json` with every id that ends a turn."""
+    tokenizer.save(directory)
+    generation = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": sorted(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    write_json(directory / "generation_config.json", generation)
+
+
+def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose ids the model's embedding does not hold.
+
+    Raises:
+        InputError: it has more ids than the embedding has rows.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, but the model's embedding only {config.vocab_size} rows: "
+            "this tokenizer belongs to another model, or the embedding was not extended for new tokens."
+        )
