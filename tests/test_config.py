@@ -1,6 +1,7 @@
 """Configuration: what is valid is read, what is not is explained."""
 
 import dataclasses
+import itertools
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,6 @@ def test_printed_defaults_are_valid_and_every_setting_is_explained(name: str) ->
     ]
     assert parse_config(kind, dict.fromkeys(required, "x") | values, name)
     lines = text.splitlines()
-    for previous, line in zip(lines, lines[1:], strict=False):
+    for previous, line in itertools.pairwise(lines):
         if " =" in line and not line.startswith("# "):
             assert previous.startswith("# "), f"{name}: {line} has no comment"

@@ -1,8 +1,8 @@
 """Rows of fixed length out of documents of any length, each a pure function of (shards, seed, row number).
 
 Two ways to fill rows:
-    `cut`    documents in shuffled order form one stream, cut every `row_length` tokens: nothing is wasted. For
-             pretraining.
+    `cut`    documents in shuffled order form one stream, cut every `row_length` tokens, and the rows are shuffled
+             again, so that one long document does not fill a whole batch: nothing is wasted. For pretraining.
     `whole`  documents stay whole and are fitted side by side, the tightest fit first. For conversations, where an
              answer must see its question.
 
@@ -71,16 +71,18 @@ class _Piece:
 
 
 class _Cut:
-    """One epoch of `cut`: a shuffled stream of documents."""
+    """One epoch of `cut`: shuffled rows of a shuffled stream of documents."""
 
     def __init__(self, lengths: NDArray[np.int64], row_length: int, generator: np.random.Generator) -> None:
         self.row_length = row_length
         self.order = generator.permutation(len(lengths))
         self.starts = np.concatenate(([0], np.cumsum(lengths[self.order])))
         self.num_rows = int(self.starts[-1]) // row_length
+        self.row_order = generator.permutation(self.num_rows)
 
     def pieces(self, row: int) -> list[_Piece]:
-        start, stop = row * self.row_length, (row + 1) * self.row_length
+        start = int(self.row_order[row]) * self.row_length
+        stop = start + self.row_length
         first, last = np.searchsorted(self.starts, (start, stop - 1), side="right") - 1
         return [
             _Piece(

@@ -18,7 +18,7 @@ def gzip_bits_per_byte(texts: Iterable[str]) -> float:
 
 
 class KneserNey:
-    """Interpolated Kneser-Ney n-gram model over token ids, one discount an order (Chen and Goodman 1999, section 4.1.6).
+    """Interpolated Kneser-Ney n-gram model over token ids (Chen and Goodman 1999, section 4.1.6).
 
     The strongest of the simple counting models. The highest order counts how often an n-gram was seen; a lower one
     counts after how many different tokens it was seen, or, at the start of documents, how often.
@@ -73,7 +73,8 @@ class _Order:
         context, known = _look_up(self.contexts, _context_hashes(stream, self.n)[where])
         where, context = where[known], context[known]
         gram, seen = _look_up(self.grams, _hashes(stream, self.n)[where])
-        kept = np.where(seen, np.maximum(self.counts[gram] - self.discount, 0), 0)
+        kept = np.zeros(len(where))
+        kept[seen] = np.maximum(self.counts[gram[seen]] - self.discount, 0)
         freed = self.discount * self.kinds[context]
         mixed = lower.copy()
         mixed[where] = (kept + freed * lower[where]) / self.totals[context]
@@ -108,5 +109,8 @@ def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _look_up(table: NDArray[np.uint64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Index of each key in the sorted `table`, and whether it is there."""
-    index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
-    return index, table[index] == keys
+    index = np.searchsorted(table, keys)
+    found = index < len(table)
+    index[~found] = 0
+    found[found] = table[index[found]] == keys[found]
+    return index, found

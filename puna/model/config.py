@@ -81,6 +81,11 @@ class LlamaConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
         if self.context_length < 1:
             raise ValueError(f"context_length is {self.context_length}; it has to be at least 1.")
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"dim ({self.dim}) has to be a multiple of num_heads ({self.num_heads}); every published model's is, "
+                "and transformers refuses others."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) has to be a multiple of num_kv_heads ({self.num_kv_heads}): "

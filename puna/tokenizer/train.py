@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import tokenizers
-from rich.console import Console
 from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from puna.config import to_plain
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, read_jsonl
+from puna.runtime.manifest import Manifest, content_hash
+from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer, well_formed
 from puna.tokenizer.chat_template import TemplateName, builtin_template
 from puna.tokenizer.convert import add_bos, prepare_byte_level
@@ -82,18 +84,23 @@ def main(config: TokenizerConfig) -> None:
             directory,
             chat_template=config.chat_template,
         )
-    read = _read_documents(files, config.sample_bytes)
-    sample = list(_first_chars(islice(read, _HELD_OUT_EVERY - 1, None, _HELD_OUT_EVERY), _HELD_OUT_CHARS))
-    num_tokens = sum(map(len, tokenizer.encode_batch(sample)))
-    num_bytes = sum(len(well_formed(text).encode()) for text in sample)
+        read = _read_documents(files, config.sample_bytes)
+        sample = list(_first_chars(islice(read, _HELD_OUT_EVERY - 1, None, _HELD_OUT_EVERY), _HELD_OUT_CHARS))
+        num_tokens = sum(map(len, tokenizer.encode_batch(sample)))
+        num_bytes = sum(len(well_formed(text).encode()) for text in sample)
+        results = {
+            "vocab_size": tokenizer.vocab_size,
+            "num_held_out_bytes": num_bytes,
+            "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
+        }
+        inputs = {str(config.documents): content_hash(config.documents)}
+        Manifest("tokenizer", to_plain(config), inputs, results).write(directory)
     measured = (
-        f"{num_bytes / num_tokens:.2f} bytes per token on {num_bytes:,} held-out bytes"
+        f"{num_bytes / num_tokens:.2f} bytes a token on {num_bytes:,} held-out bytes"
         if num_tokens
         else f"nothing held out to measure on, as there are fewer than {_HELD_OUT_EVERY} documents"
     )
-    Console().print(
-        f"{config.output}: {config.kind}, {tokenizer.vocab_size:,} ids; {measured}", markup=False, soft_wrap=True
-    )
+    say(f"{config.kind}, {tokenizer.vocab_size:,} ids in {config.output}; {measured}")
 
 
 def train_byte_level_bpe(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -60,7 +61,7 @@ def restore(state: TrainState, directory: Path, run: dict[str, Any]) -> bool:
     try:
         with _single_process():
             load({"model": model, "optimizer": optimizer}, checkpoint_id=newest, no_dist=True)
-    except Exception as error:  # whatever a damaged file makes the reader raise
+    except (CheckpointException, OSError, ValueError) as error:
         reason = str(error).strip().rsplit("\n", 1)[-1]
         raise InputError(
             f"The checkpoint {newest} cannot be read ({reason}). Delete it to go on from the one before."

@@ -20,14 +20,18 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "old")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x").write_text("old")
-    for name in ("a.txt", "folder"):
-        with pytest.raises(RuntimeError), atomic_path(tmp_path / name) as path:
+
+    def write_half(name: str) -> None:
+        with atomic_path(tmp_path / name) as path:
             if name == "folder":
                 path.mkdir()
-                (path / "x").write_text("half")
-            else:
-                path.write_text("half")
+                path /= "x"
+            path.write_text("half")
             raise RuntimeError
+
+    for name in ("a.txt", "folder"):
+        with pytest.raises(RuntimeError):
+            write_half(name)
     assert (tmp_path / "a.txt").read_text() == "old"
     assert (tmp_path / "folder" / "x").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "folder"]
@@ -60,9 +64,14 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    with pytest.raises(OSError, match="No space left"), atomic_path(tmp_path / "a.txt") as path:
-        path.symlink_to("/dev/full")
-        path.write_text("x")
+
+    def write() -> None:
+        with atomic_path(tmp_path / "a.txt") as path:
+            path.symlink_to("/dev/full")
+            path.write_text("x")
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -365,8 +365,8 @@ def test_command(kind: str, corpus: list[str], tmp_path: Path, capsys: pytest.Ca
         chat_template="llama2",
     )
     main(config)
-    printed = capsys.readouterr().out
-    assert "bytes per token" in printed
+    printed = capsys.readouterr().err
+    assert "bytes a token" in printed
     assert "450 ids" in printed
     tokenizer = load_tokenizer(output)
     assert tokenizer.vocab_size == 450

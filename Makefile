@@ -1,0 +1,37 @@
+# Both `make quickstart` and `make test` do all the set-up that a fresh machine needs.
+PYTHON ?= python3
+ENV := .venv
+BIN := $(ENV)/bin
+
+.PHONY: quickstart test test-all lint format docs clean
+
+quickstart: $(ENV)/.quickstart-ready
+	$(BIN)/puna run recipes/quickstart.toml
+
+test: $(ENV)/.dev-ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow and not gpu"
+
+# With the tests that take longer than a minute.
+test-all: $(ENV)/.dev-ready
+	$(BIN)/pytest
+
+format: $(ENV)/.dev-ready
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+docs: $(ENV)/.dev-ready
+	$(BIN)/python docs/generate.py
+
+$(ENV)/.quickstart-ready: pyproject.toml
+	$(PYTHON) -m venv $(ENV)
+	$(BIN)/pip install --quiet --editable ".[serve,report]"
+	@touch $@
+
+$(ENV)/.dev-ready: pyproject.toml
+	$(PYTHON) -m venv $(ENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@ $(ENV)/.quickstart-ready
+
+clean:
+	rm -rf $(ENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

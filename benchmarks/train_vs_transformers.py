@@ -1,0 +1,244 @@
+"""Training tokens per second: Puna's training step beside the `transformers` model in a plain loop.
+
+Same shape, same tokens, same batch, same optimiser (fused AdamW, gradient clipping), one run. The other side gets its
+best settings: every variant in THEIRS is timed (attention through scaled_dot_product_attention, the library's
+default), and the fastest counts. Ours trains on the same rows with attention kept inside documents, which theirs does
+not do. Each variant runs in a process of its own, several times in turn, so that a machine whose speed drifts hits
+all alike; a variant's figure is its median step.
+
+    python benchmarks/train_vs_transformers.py [--quick] [--json]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # The quickstart's model and batch.
+    "quickstart": {
+        "model": {
+            "vocab_size": 4096,
+            "dim": 224,
+            "num_layers": 5,
+            "num_heads": 7,
+            "num_kv_heads": 7,
+            "head_dim": 32,
+            "hidden_dim": 608,
+        },
+        "rows": 8,
+        "row_length": 512,
+    },
+    # The 15M model of llama2.c with the Llama 2 vocabulary.
+    "15M, 32k vocabulary": {
+        "model": {
+            "vocab_size": 32_000,
+            "dim": 288,
+            "num_layers": 6,
+            "num_heads": 6,
+            "num_kv_heads": 6,
+            "head_dim": 48,
+            "hidden_dim": 768,
+        },
+        "rows": 16,
+        "row_length": 256,
+    },
+    # About one billion parameters, for a GPU.
+    "1B, 32k vocabulary": {
+        "model": {
+            "vocab_size": 32_000,
+            "dim": 2048,
+            "num_layers": 16,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "head_dim": 64,
+            "hidden_dim": 8192,
+        },
+        "rows": 8,
+        "row_length": 2048,
+    },
+}
+CPU_SHAPES, GPU_SHAPES = ("quickstart", "15M, 32k vocabulary"), ("1B, 32k vocabulary",)
+OURS = ("puna fp32", "puna bf16", "puna fp32 compiled", "puna bf16 compiled")
+THEIRS = (
+    "transformers fp32",
+    "transformers bf16",
+    "transformers autocast",
+    "transformers fp32 compiled",
+    "transformers bf16 compiled",
+)
+LEARNING_RATE = 1e-4
+
+
+def tokens_of(shape: dict[str, Any]) -> Any:
+    """Ids of every row, [rows, row_length + 1]: the next-token task on random tokens, three documents a row."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    size = (shape["rows"], shape["row_length"] + 1)
+    return torch.randint(shape["model"]["vocab_size"], size, generator=generator)
+
+
+def puna_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable[[], float]:
+    import torch
+
+    from puna.batches.packing import TokenBatch
+    from puna.model.config import LlamaConfig
+    from puna.model.initialize import initialize
+    from puna.model.transformer import Transformer
+    from puna.runtime.devices import open_device
+    from puna.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+    from puna.train.loop import prepare
+    from puna.train.loss import causal_lm_loss
+    from puna.train.optimizer import build_optimizer
+    from puna.train.state import TrainState
+    from puna.train.step import train_step
+
+    config = TrainConfig(
+        steps=1000,
+        batch_rows=shape["rows"],
+        micro_batch_rows=shape["rows"],
+        row_length=shape["row_length"],
+        precision=precision,  # type: ignore[arg-type]
+        compile=compiled,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        schedule=ScheduleConfig("constant", warmup_steps=0),
+    )
+    device = open_device("auto")
+    model = Transformer(LlamaConfig(**shape["model"], context_length=shape["row_length"]))
+    initialize(model, 0)
+    prepare(model, config, device)
+    state = TrainState(model, build_optimizer(model, config.optimizer))
+    tokens, length = tokens_of(shape), shape["row_length"]
+    position = torch.arange(length).expand(shape["rows"], length)
+    third = length // 3 + 1
+    batch = TokenBatch(tokens[:, :-1], tokens[:, 1:], position % third, position // third).to(device)
+    return lambda: train_step(state, [batch], causal_lm_loss, config).loss
+
+
+def transformers_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable[[], float]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model_shape = shape["model"]
+    config = LlamaConfig(
+        vocab_size=model_shape["vocab_size"],
+        hidden_size=model_shape["dim"],
+        intermediate_size=model_shape["hidden_dim"],
+        num_hidden_layers=model_shape["num_layers"],
+        num_attention_heads=model_shape["num_heads"],
+        num_key_value_heads=model_shape["num_kv_heads"],
+        max_position_embeddings=shape["row_length"],
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    tokens = tokens_of(shape).to(device)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+            loss = forward(input_ids=inputs, shift_labels=labels, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
+def measure(variant: str, shape_name: str, seconds: float) -> dict[str, float]:
+    """Median seconds a step of one variant, timed for about `seconds` after two steps of warm-up."""
+    library, precision, *rest = variant.split()
+    build = puna_step if library == "puna" else transformers_step
+    step = build(SHAPES[shape_name], precision, bool(rest))
+    step()
+    loss = step()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(times), "loss": loss}
+
+
+def hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]  # noqa: SIM115, PTH123
+    flags = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")  # noqa: SIM115, PTH123
+    units = "AMX" if "amx_tile" in flags else "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()} ({units})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round, no compilation, the first shape: under 50 s")
+    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        print(json.dumps(measure(arguments.variant, arguments.shape, arguments.seconds)))
+        return
+
+    import torch
+
+    shapes = GPU_SHAPES if torch.cuda.is_available() else CPU_SHAPES
+    variants = [*OURS, *THEIRS]
+    rounds, seconds = 3, 6.0
+    if arguments.quick:
+        shapes, rounds, seconds = shapes[:1], 1, 2.0
+        variants = [variant for variant in variants if not variant.endswith("compiled")]
+    for shape_name in shapes:
+        shape = SHAPES[shape_name]
+        tokens = shape["rows"] * shape["row_length"]
+        samples: dict[str, list[float]] = {variant: [] for variant in variants}
+        for _ in range(rounds):
+            for variant in variants:
+                command = [sys.executable, __file__, "--variant", variant, "--shape", shape_name]
+                done = subprocess.run([*command, "--seconds", str(seconds)], capture_output=True, text=True)
+                if done.returncode:
+                    print(f"{variant} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                    continue
+                samples[variant].append(tokens / json.loads(done.stdout.splitlines()[-1])["seconds"])
+        speeds = {variant: statistics.median(found) for variant, found in samples.items() if found}
+        ours = max((v for v in speeds if v in OURS), key=speeds.__getitem__)
+        theirs = max((v for v in speeds if v in THEIRS), key=speeds.__getitem__)
+        figure = {
+            "name": f"training, {shape_name}: {ours} / {theirs}",
+            "ours": round(speeds[ours]),
+            "theirs": round(speeds[theirs]),
+            "ratio": round(speeds[ours] / speeds[theirs], 2),
+            "unit": "tokens/s",
+            "hardware": hardware(),
+        }
+        if arguments.json:
+            print(json.dumps(figure))
+        else:
+            print(f"{shape_name} ({hardware()})")
+            for variant, speed in sorted(speeds.items(), key=lambda item: -item[1]):
+                print(f"  {variant:<28} {speed:>9,.0f} tokens/s")
+            print(f"  best of ours / best of theirs: {figure['ratio']}")
+
+
+if __name__ == "__main__":
+    main()
