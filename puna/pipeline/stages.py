@@ -26,7 +26,7 @@ STAGES = {
     "convert": Stage("puna.weights.convert", "ConvertConfig", "Convert between Hugging Face, Meta and llama2.c."),
     "generate": Stage("puna.infer.generate", "GenerateConfig", "Complete prompts."),
     "chat": Stage("puna.infer.chat", "ChatConfig", "Talk to a model in the terminal."),
-    "serve": Stage("puna.serve.main", "ServeConfig", "Serve a model over HTTP, with the OpenAI protocol."),
+    "serve": Stage("puna.serve.server", "ServeConfig", "Serve a model over HTTP, with the OpenAI protocol."),
 }
 
 

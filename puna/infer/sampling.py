@@ -1,0 +1,133 @@
+"""From logits to the next token, each row of a batch by its own rules.
+
+Shapes: B rows, V vocabulary; a 1 in place of a letter broadcasts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from puna.runtime.errors import InputError
+
+_USUAL_CANDIDATES = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a text goes on, and when it ends.
+
+    The filters work in this order, the order and definitions of `transformers`: temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int | None = 512
+    """Most tokens to generate; where absent, the context's end is the limit."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 always takes the likeliest token (the lowest id of several)."""
+    top_k: int = 0
+    """Keep the k likeliest tokens, and any tied with the last of them; 0 keeps all."""
+    top_p: float = 1.0
+    """Of those, keep the fewest, likeliest first, whose probabilities sum to at least this, and any tied with the
+    last of them; 1 keeps all."""
+    min_p: float = 0.0
+    """Of those, keep tokens at least this fraction as likely as the likeliest; 0 keeps all."""
+    seed: int | None = None
+    """Makes the choice repeatable: equal prompt, parameters and seed give equal tokens. Fresh where absent."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end the text, besides those that the tokenizer names."""
+    ignore_eos: bool = False
+    """Go on after the tokenizer's end-of-text and end-of-turn tokens."""
+    logprobs: int | None = None
+    """Report each token's log-probability under the model, before temperature and filters, and those of this many
+    likeliest tokens; nothing where absent."""
+
+    def __post_init__(self) -> None:
+        def check(name: str, fine: bool, rule: str) -> None:
+            if not fine:
+                raise InputError(f"{name} is {getattr(self, name)!r}; it has to be {rule}.")
+
+        check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or absent")
+        check("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number")
+        check("top_k", self.top_k >= 0, "at least 1, or 0 to keep all")
+        check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        check("stop", all(self.stop) and not isinstance(self.stop, str), "a tuple of strings, none of them empty")
+        check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or absent")
+
+
+class Sampler:
+    """Chooses the next token of each row of a batch; what it needs from the parameters is laid out once.
+
+    A row's token depends on its own logits, parameters and uniform number only, whoever its neighbours are.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=device)[:, None]
+
+        self._greedy = [p.temperature == 0 for p in params]
+        self._greedy_B = torch.tensor(self._greedy, device=device)
+        self._temperature_B1 = column([max(p.temperature, 1e-30) for p in params])
+        self._ranked = [i for i, p in enumerate(params) if p.temperature and (p.top_k or p.top_p < 1)]
+        self._top_k_R1 = column([params[i].top_k for i in self._ranked]).long()
+        self._top_p_R1 = column([params[i].top_p for i in self._ranked])
+        self._num_candidates = max([_USUAL_CANDIDATES, *(params[i].top_k for i in self._ranked)])
+        self._min_p_B1 = column([p.min_p for p in params])
+        self._any_min_p = any(p.min_p for p in params)
+
+    def __call__(self, logits_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
+        """The chosen ids, shape [B].
+
+        Args:
+            uniforms: for each row a number in [0, 1). The row's token is where it falls when the tokens' filtered
+                probabilities are laid end to end in the order of ids.
+
+        Raises:
+            FloatingPointError: a row holds NaN or infinity, so the weights or the computation are broken.
+        """
+        best_B1, choice_B1 = logits_BV.max(dim=-1, keepdim=True)
+        if not best_B1.isfinite().all():
+            raise FloatingPointError("The model's logits are not finite: its weights are damaged, or overflowed.")
+        if all(self._greedy):
+            return choice_B1.squeeze(1)
+        filtered_BV = self.filter(logits_BV)
+        edges_BV = filtered_BV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        total_B1 = edges_BV[:, -1:]
+        point_B1 = torch.tensor(uniforms, dtype=torch.float64, device=edges_BV.device)[:, None] * total_B1
+        # Rounding may lift the product to the total, which is behind the last token.
+        point_B1 = point_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
+        drawn_B1 = torch.searchsorted(edges_BV, point_B1, right=True)
+        return torch.where(self._greedy_B, choice_B1.squeeze(1), drawn_B1.squeeze(1))
+
+    def filter(self, logits_BV: Tensor) -> Tensor:
+        """Logits over temperature, less their maximum, in float32; minus infinity where a token is ruled out."""
+        wide_BV = logits_BV.float()
+        # The maximum goes first: a temperature near 0 then leads to 0 and minus infinity, not to NaN.
+        scaled_BV = (wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / self._temperature_B1
+        if self._ranked:
+            scaled_RV = scaled_BV[self._ranked]
+            scaled_BV[self._ranked] = scaled_RV.masked_fill(scaled_RV < self._least_kept(scaled_RV), -torch.inf)
+        if self._any_min_p:
+            scaled_BV.masked_fill_(scaled_BV < self._min_p_B1.log(), -torch.inf)
+        return scaled_BV
+
+    def _least_kept(self, scaled_RV: Tensor) -> Tensor:
+        """The smallest logit that top-k and top-p keep, shape [R, 1], in the rows R that ask for either.
+
+        A few candidates C nearly always hold all that is kept; only when they do not is the whole row sorted.
+        """
+        size = scaled_RV.shape[1]
+        for num_candidates in (min(self._num_candidates, size), size):
+            best_RC = scaled_RV.topk(num_candidates).values
+            kth_R1 = best_RC.gather(1, self._top_k_R1.clamp(1, num_candidates) - 1)
+            kth_R1.masked_fill_(self._top_k_R1 == 0, -torch.inf)
+            total_R1 = scaled_RV.masked_fill(scaled_RV < kth_R1, -torch.inf).logsumexp(dim=-1, keepdim=True)
+            short_RC = (best_RC - total_R1).exp().cumsum(dim=-1) < self._top_p_R1
+            if not (short_RC[:, -1:] & (self._top_p_R1 < 1)).any():
+                break
+        last_R1 = short_RC.sum(dim=-1, keepdim=True).clamp(max=num_candidates - 1)
+        nucleus_R1 = best_RC.gather(1, last_R1).masked_fill(self._top_p_R1 == 1, -torch.inf)
+        return kth_R1.maximum(nucleus_R1)

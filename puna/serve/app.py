@@ -1,0 +1,208 @@
+"""The HTTP application: routes, and the passage between requests and the engine's thread."""
+
+import asyncio
+import json
+import math
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+import puna
+from puna.infer.engine import Engine
+from puna.infer.sequence import Delta
+from puna.runtime.errors import InputError
+from puna.serve import errors
+from puna.serve.errors import ApiError
+from puna.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
+from puna.serve.responses import ChatReply, CompletionReply, Reply, join, model_card, usage_of
+from puna.serve.worker import EngineFailed, Job, Run, Worker
+from puna.tokenizer.chat import render_chat
+
+_CLIENT_CLOSED_REQUEST = 499
+"""Nobody reads it; the name is nginx's."""
+
+
+def build_app(engine: Engine, name: str) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        engine: belongs to the application from its start-up to its shutdown.
+        name: how clients call the model.
+    """
+    worker = Worker(engine)
+    started = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        worker.stop()
+        await asyncio.to_thread(worker.join)
+
+    app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan)
+    app.state.worker = worker
+    errors.install(app)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"}) if worker.alive else JSONResponse({"status": "stopped"}, 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card(name, started)]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        check_model(model)
+        return model_card(name, started)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        check_model(body.model)
+        prompts = [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+        echoes = [""] * len(prompts)
+        check_prompts(prompts, "prompt")
+        if body.echo:
+            echoes = [
+                prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt, skip_special=True)
+                for prompt in body.prompts
+            ]
+        choices = range(body.n or 1)
+        jobs = [Job(ids, body.params(choice), new_text=False) for ids in prompts for choice in choices]
+        reply = CompletionReply(engine, name, body.params(0), [echo for echo in echoes for _ in choices])
+        return await respond(request, body, reply, jobs, num_prompt_tokens=sum(map(len, prompts)))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        check_model(body.model)
+        messages = [message.plain() for message in body.messages]
+        try:
+            ids = render_chat(engine.tokenizer, messages, add_generation_prompt=True).ids
+        except InputError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        check_prompts([ids], "messages")
+        jobs = [Job(ids, body.params(choice), new_text=True) for choice in range(body.n or 1)]
+        reply = ChatReply(engine, name, body.params(0))
+        return await respond(request, body, reply, jobs, num_prompt_tokens=len(ids))
+
+    def check_model(asked: str) -> None:
+        if asked != name:
+            message = f"The model {asked!r} does not exist; this server has {name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_prompts(prompts: Sequence[Sequence[int]], param: str) -> None:
+        for ids in prompts:
+            try:
+                engine.check(ids)
+            except InputError as error:
+                code = "context_length_exceeded" if len(ids) >= engine.max_context else None
+                raise ApiError(400, str(error), param=param, code=code) from error
+
+    async def respond(
+        request: Request, body: GenerationRequest, reply: Reply, jobs: Sequence[Job], *, num_prompt_tokens: int
+    ) -> Response:
+        run = worker.open(jobs)
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(run, _events(run, reply, len(jobs), num_prompt_tokens if with_usage else None))
+        try:
+            answers = await _unless_disconnected(request, run, len(jobs))
+        except EngineFailed as error:
+            raise ApiError(500, str(error)) from error
+        finally:
+            run.close()
+        if answers is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return JSONResponse(reply.whole(answers, num_prompt_tokens))
+
+    return app
+
+
+class Server(uvicorn.Server):
+    """An HTTP server for an application made by `build_app`.
+
+    Args:
+        seconds_to_finish: how long running requests may go on after the server was told to end. Then they are broken
+            off with an error that their clients can read.
+    """
+
+    def __init__(self, app: FastAPI, *, seconds_to_finish: float) -> None:
+        # uvicorn's own, later limit would drop the connections: it is for clients that do not read.
+        limit = math.ceil(seconds_to_finish) + 5
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=limit))
+        self._worker: Worker = app.state.worker
+        self._seconds_to_finish = seconds_to_finish
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._seconds_to_finish, self._worker.stop)
+        await super().shutdown(sockets)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, after which the run is closed, however the connection ends."""
+
+    def __init__(self, run: Run, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._run.close()
+
+
+async def _events(run: Run, reply: Reply, num_jobs: int, num_prompt_tokens: int | None) -> AsyncIterator[str]:
+    """The events of a stream; with the number of prompt tokens, one with the usage comes last."""
+    no_usage = {} if num_prompt_tokens is None else {"usage": None}
+    num_tokens = 0
+    for index in range(num_jobs):
+        if (opening := reply.opening(index)) is not None:
+            yield _event({**reply.chunk([opening]), **no_usage})
+    try:
+        async for index, delta in run.deltas():
+            num_tokens += len(delta.ids)
+            yield _event({**reply.chunk([reply.piece(index, delta)]), **no_usage})
+    except EngineFailed as error:
+        yield _event(ApiError(500, str(error)).body)
+        return
+    if num_prompt_tokens is not None:
+        yield _event({**reply.chunk([]), "usage": usage_of(num_prompt_tokens, num_tokens)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+async def _unless_disconnected(request: Request, run: Run, num_jobs: int) -> list[Delta] | None:
+    """Every job's answer in order, or None when the client has gone away before.
+
+    Raises:
+        EngineFailed: the answers will not be finished.
+    """
+
+    async def collect() -> list[Delta]:
+        parts: list[list[Delta]] = [[] for _ in range(num_jobs)]
+        async for index, delta in run.deltas():
+            parts[index].append(delta)
+        return [join(part) for part in parts]
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, watch = asyncio.create_task(collect()), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        answer.cancel()
+        watch.cancel()
