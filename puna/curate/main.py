@@ -61,8 +61,8 @@ def main(config: CurateConfig) -> None:
     if len(documents) < 2:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "there is no file"
         raise InputError(
-            f"{config.source} holds {len(documents)} usable text file(s) ({why}); at least two are needed, one to train "
-            "on and one to measure on."
+            f"{config.source} holds {len(documents)} usable text file(s) ({why}); at least two are needed, one to "
+            "train on and one to measure on."
         )
     held_out = _choose([document.id for document in documents], config)
     questions = list(_unique(question for document in documents for question in draw_questions(document)))
@@ -82,7 +82,7 @@ def main(config: CurateConfig) -> None:
             (next(_conversations(q)) for q in questions if q.answer in held_out_answers),
         )
         write_jsonl(folder / "rejected.jsonl", ({"id": item.id, "reason": item.reason} for item in rejected))
-        results = {
+        results: dict[str, Any] = {
             "num_documents": len(documents),
             "num_held_out_documents": len(held_out),
             "num_bytes": sum(len(document.text.encode()) for document in documents),

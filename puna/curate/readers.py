@@ -25,7 +25,7 @@ def read_folder(folder: Path, max_bytes: int, leave_out: frozenset[str] = frozen
         InputError: `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder. Name a folder of text files, or `python` for the standard library.")
+        raise InputError(f"{folder} is not a folder. Name a folder of text, or `python` for the standard library.")
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         parts = relative.parts

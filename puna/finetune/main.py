@@ -74,7 +74,8 @@ def main(config: FinetuneConfig) -> None:
 
     model.compute_dtype = None
     manifest = Manifest("finetune", to_plain(config), inputs, asdict(result))
-    save_model(model, config.output / "model", tokenizer=tokenizer, dtype=getattr(torch, config.dtype), manifest=manifest)
+    dtype = getattr(torch, config.dtype)
+    save_model(model, config.output / "model", tokenizer=tokenizer, dtype=dtype, manifest=manifest)
     say(f"Wrote {config.output / 'model'}")
 
 

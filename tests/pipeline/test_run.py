@@ -74,7 +74,7 @@ def recipe(tmp_path: Path) -> Path:
     source.mkdir()
     for n in range(10):
         body = "".join(
-            f'def task_{n}_{k}():\n    """Walk llama number {n * 10 + k} up the mountain slowly."""\n\n' for k in range(8)
+            f'def task_{n}_{k}():\n    """Walk llama {n * 10 + k} up the mountain slowly."""\n\n' for k in range(8)
         )
         (source / f"farm{n}.py").write_text(body)
     path = tmp_path / "recipe.toml"
@@ -109,7 +109,7 @@ def test_the_whole_job_and_what_a_change_makes_again(
     assert set(states(capsys).values()) == {"up to date"}
 
     run_recipe(recipe, ["quality.max_answer_tokens=9"])
-    assert states(capsys) == {name: "up to date" for name in states_before_quality()} | {"quality": "done"}
+    assert states(capsys) == dict.fromkeys(states_before_quality(), "up to date") | {"quality": "done"}
 
     run_recipe(recipe, ["assistant.train.steps=4", "quality.max_answer_tokens=9"])
     after = states(capsys)
@@ -133,9 +133,9 @@ def test_a_failing_stage_keeps_the_earlier_artifact(recipe: Path, tmp_path: Path
     with pytest.raises(InputError, match="cannot be trained on"):
         run_recipe(recipe, [*values, "assistant.chat_template=chatml"])
     assert model.read_bytes() == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(InputError, match="usable text file"):
-        empty = tmp_path / "empty"
-        empty.mkdir()
         run_recipe(recipe, [*values, f"corpus.source={empty}"])
     assert model.read_bytes() == before
     assert (tmp_path / "out" / "corpus" / "train.jsonl").exists()
