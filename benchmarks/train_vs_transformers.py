@@ -96,7 +96,7 @@ def puna_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable
     from puna.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
     from puna.train.loop import prepare
     from puna.train.loss import causal_lm_loss
-    from puna.train.optimizer import build_optimizer
+    from puna.train.optimizer import build_optimizers
     from puna.train.state import TrainState
     from puna.train.step import train_step
 
@@ -114,7 +114,7 @@ def puna_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable
     model = Transformer(LlamaConfig(**shape["model"], context_length=shape["row_length"]))
     initialize(model, 0)
     prepare(model, config, device)
-    state = TrainState(model, build_optimizer(model, config.optimizer))
+    state = TrainState(model, build_optimizers(model, config.optimizer))
     tokens, length = tokens_of(shape), shape["row_length"]
     position = torch.arange(length).expand(shape["rows"], length)
     third = length // 3 + 1

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a stage is chosen, so that `puna --help` answers at once.
 """
 
+import json
 import os
 import sys
 import traceback
@@ -27,7 +28,10 @@ app.add_typer(inspect_app, name="inspect")
 
 Source = Annotated[
     str | None,
-    typer.Argument(metavar="[RECIPE.toml|MODEL]", help="A TOML recipe; or a model, for stages that start from one."),
+    typer.Argument(
+        metavar="[RECIPE.toml|PATH]",
+        help="A TOML recipe; or what the stage starts from: a model, or the folder that `curate` reads.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.steps=100.")
@@ -40,12 +44,17 @@ def _run_stage(name: str, source: str | None, settings: list[str]) -> None:
     kind, main = load_stage(name)
     recipe = None
     if source is not None:
-        starts_from_model = next((key for key in ("model", "source") if key in kind.__annotations__), None)
-        if starts_from_model and not source.endswith(".toml"):
-            settings = [f"{starts_from_model}={source}", *settings]
+        starts_from = next((key for key in ("model", "source") if key in kind.__annotations__), None)
+        if starts_from and not source.endswith(".toml"):
+            settings = [_setting(starts_from, source), *settings]
         else:
             recipe = Path(source)
     main(load_config(kind, recipe, settings))
+
+
+def _setting(key: str, text: str) -> str:
+    """KEY=VALUE with a value that TOML takes for this very string."""
+    return f"{key}={json.dumps(text)}"
 
 
 def _add_stage(name: str) -> None:
@@ -57,7 +66,19 @@ def _add_stage(name: str) -> None:
 
 
 for _name in STAGES:
-    _add_stage(_name)
+    if _name != "convert":
+        _add_stage(_name)
+
+
+@app.command(help=STAGES["convert"].help + " Ends by comparing the logits of both sides.")
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint in any format, or hub:organisation/name.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option("--to", metavar="hf|meta", help="The format to write.")] = "hf",
+    set_: Settings = None,
+) -> None:
+    settings = [_setting("source", source), _setting("destination", str(destination)), _setting("to", to)]
+    _run_stage("convert", None, [*settings, *(set_ or [])])
 
 
 @app.command()
@@ -110,8 +131,6 @@ def inspect_model(
 
 def main() -> None:
     """Entry point: exit status 0 when done, 2 for wrong use or bad input, 1 for a fault of ours, 130 for Ctrl-C."""
-    # Read by OpenMP when torch is imported: waiting threads sleep instead of burning the core that another one needs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except (InputError, OSError) as error:

@@ -33,7 +33,7 @@ def save_checkpoint(state: TrainState, directory: Path, run: dict[str, Any], kee
     for abandoned in directory.glob(".step-*.tmp-*"):
         shutil.rmtree(abandoned)
     with atomic_path(directory / f"step-{state.step:08}") as path:
-        model, optimizer = get_state_dict(state.model, state.optimizer)
+        model, optimizer = get_state_dict(state.model, state.optimizers)
         with _single_process():
             save({"model": model, "optimizer": optimizer}, checkpoint_id=path, no_dist=True)
         write_json(path / "run.json", {"step": state.step, "run": run})
@@ -57,7 +57,7 @@ def restore(state: TrainState, directory: Path, run: dict[str, Any]) -> bool:
             f"{directory} holds checkpoints of another run: {'; '.join(differences)}. Set these back to go on with it, "
             "or choose another output."
         )
-    model, optimizer = get_state_dict(state.model, state.optimizer)
+    model, optimizer = get_state_dict(state.model, state.optimizers)
     try:
         with _single_process():
             load({"model": model, "optimizer": optimizer}, checkpoint_id=newest, no_dist=True)
@@ -66,7 +66,7 @@ def restore(state: TrainState, directory: Path, run: dict[str, Any]) -> bool:
         raise InputError(
             f"The checkpoint {newest} cannot be read ({reason}). Delete it to go on from the one before."
         ) from error
-    set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    set_state_dict(state.model, state.optimizers, model_state_dict=model, optim_state_dict=optimizer)
     state.step = saved["step"]
     return True
 

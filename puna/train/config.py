@@ -8,8 +8,12 @@ from puna.runtime.devices import DeviceName
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    """How gradients become updates."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`adamw` (Loshchilov and Hutter 2019, arXiv:1711.05101) for everything; `muon` (Jordan et al. 2024; Liu et al.
+    2025, arXiv:2502.16982) for the matrices within layers, with AdamW for embeddings, output, norms and biases. Muon
+    learns more from each token; its updates are scaled to AdamW's, so that learning rates carry over."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9

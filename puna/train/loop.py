@@ -17,7 +17,7 @@ from puna.train.checkpoint import restore, save_checkpoint
 from puna.train.config import TrainConfig
 from puna.train.loss import Loss
 from puna.train.metrics import MetricsWriter, read_metrics
-from puna.train.optimizer import build_optimizer
+from puna.train.optimizer import build_optimizers
 from puna.train.state import TrainState
 from puna.train.step import train_step
 
@@ -88,7 +88,7 @@ def fit(
     started = time.monotonic()
     device = open_device(config.device, config.num_threads)
     prepare(model, config, device)
-    state = TrainState(model, build_optimizer(model, config.optimizer))
+    state = TrainState(model, build_optimizers(model, config.optimizer))
     defining = run | {"train": {k: v for k, v in run["train"].items() if k not in _FREE_TO_CHANGE}}
     checkpoints = output / "checkpoints"
     if restore(state, checkpoints, defining):

@@ -13,7 +13,7 @@ class TrainState:
 
     model: Transformer
     """With float32 parameters."""
-    optimizer: torch.optim.Optimizer
-    """Over the parameters that are trained."""
+    optimizers: list[torch.optim.Optimizer]
+    """Each parameter that is trained is in exactly one."""
     step: int = 0
     """Optimiser steps done."""

@@ -43,12 +43,13 @@ def train_step(state: TrainState, batches: Sequence[TokenBatch], loss: Loss, con
     if not count:
         raise InputError(f"No token of the batch of step {state.step + 1} is a training target.")
 
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     torch._foreach_mul_(gradients, 1 / count)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm).item()
     if not math.isfinite(total) or not math.isfinite(grad_norm):
-        state.optimizer.zero_grad()
+        state.model.zero_grad()
         raise InputError(
             f"In step {state.step + 1} the loss is {total / count} and its gradient's norm {grad_norm}: training has "
             f"diverged. The weights of step {state.step} are untouched and the last checkpoint is good; try a lower "
@@ -56,9 +57,10 @@ def train_step(state: TrainState, batches: Sequence[TokenBatch], loss: Loss, con
         )
 
     learning_rate = config.optimizer.learning_rate * learning_rate_ratio(state.step, config.steps, config.schedule)
-    for group in state.optimizer.param_groups:
+    for group in groups:
         group["lr"] = learning_rate
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    for optimizer in state.optimizers:
+        optimizer.step()
+    state.model.zero_grad()
     state.step += 1
     return StepResult(total / count, grad_norm, learning_rate, count)

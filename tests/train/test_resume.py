@@ -19,7 +19,7 @@ from puna.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from puna.train.loop import fit
 from puna.train.loss import causal_lm_loss
 from puna.train.metrics import MetricsWriter, read_metrics
-from puna.train.optimizer import build_optimizer
+from puna.train.optimizer import build_optimizers
 from puna.train.state import TrainState
 
 CONFIG = TrainConfig(
@@ -95,7 +95,7 @@ def test_a_finished_run_has_nothing_to_do(tiny_model, tiny_rows: PackedRows, tmp
 
 
 def saved(model: Transformer, directory: Path) -> TrainState:
-    state = TrainState(model, build_optimizer(model, CONFIG.optimizer), step=3)
+    state = TrainState(model, build_optimizers(model, CONFIG.optimizer), step=3)
     save_checkpoint(state, directory, RUN, keep=2)
     return state
 

@@ -12,7 +12,7 @@ from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from puna.train.loss import LossSum, causal_lm_loss
-from puna.train.optimizer import build_optimizer
+from puna.train.optimizer import build_optimizers
 from puna.train.schedule import learning_rate_ratio
 from puna.train.state import TrainState
 from puna.train.step import train_step
@@ -23,7 +23,7 @@ CONFIG = TrainConfig(steps=10, batch_rows=8, micro_batch_rows=8, row_length=16, 
 
 def fresh(tiny_model: Build, config: TrainConfig = CONFIG) -> TrainState:
     model = tiny_model(0)
-    return TrainState(model, build_optimizer(model, config.optimizer))
+    return TrainState(model, build_optimizers(model, config.optimizer))
 
 
 def weights(state: TrainState) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_gradients_are_clipped_to_the_norm(tiny_model: Build, tiny_rows: PackedR
     config = replace(CONFIG, optimizer=OptimizerConfig(max_grad_norm=0.01, learning_rate=1.0))
     state = fresh(tiny_model, config)
     seen = []
-    state.optimizer.register_step_pre_hook(
+    state.optimizers[0].register_step_pre_hook(
         lambda *_: seen.append(torch.cat([p.grad.flatten() for p in state.model.parameters()]).norm().item())  # type: ignore[union-attr]
     )
     result = train_step(state, [tiny_rows.batch(range(8))], causal_lm_loss, config)
@@ -126,7 +126,8 @@ def test_gradients_are_clipped_to_the_norm(tiny_model: Build, tiny_rows: PackedR
 
 def test_decay_belongs_to_linear_weights_only(tiny_model: Build) -> None:
     model = tiny_model(0)
-    decayed, free = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
+    [optimizer] = build_optimizers(model, OptimizerConfig(weight_decay=0.3))
+    decayed, free = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.3
     assert free["weight_decay"] == 0.0
@@ -135,6 +136,22 @@ def test_decay_belongs_to_linear_weights_only(tiny_model: Build) -> None:
     }
     assert all("norm" in names[id(p)] or names[id(p)] == "embedding.weight" for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(tiny_model: Build, tiny_rows: PackedRows) -> None:
+    config = replace(CONFIG, optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2))
+    state = fresh(tiny_model, config)
+    muon, adamw = state.optimizers
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    by_muon = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    by_adamw = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert all(name.startswith("layers.") and "norm" not in name for name in by_muon)
+    assert {"embedding.weight", "output.weight", "norm.weight"} <= set(by_adamw)
+    assert sorted(by_muon + by_adamw) == sorted(names.values())
+    losses = [
+        train_step(state, [tiny_rows.batch(range(8 * n, 8 * n + 8))], causal_lm_loss, config).loss for n in range(10)
+    ]
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
