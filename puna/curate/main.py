@@ -38,7 +38,11 @@ class CurateConfig:
 
 
 def main(config: CurateConfig) -> None:
-    """Write train.jsonl, held_out.jsonl, questions_train.jsonl, questions_held_out.jsonl and rejected.jsonl."""
+    """Write documents, questions, and what was rejected.
+
+    train.jsonl and held_out.jsonl hold documents. questions_train.jsonl holds conversations; what they never ask about
+    is in questions_held_out.jsonl, and what they ask about in other words only in questions_reworded.jsonl.
+    """
     read = (
         read_python_library(config.max_file_bytes)
         if config.source == "python"
@@ -68,6 +72,9 @@ def main(config: CurateConfig) -> None:
     questions = list(_unique(question for document in documents for question in draw_questions(document)))
     # Chosen by the answer, so that a text that answers two questions is not on both sides.
     held_out_answers = _choose([question.answer for question in questions], config)
+    unseen = [question for question in questions if question.answer in held_out_answers]
+    seen = [question for question in questions if question.answer not in held_out_answers]
+    reworded = _choose([question.about for question in seen], config)
 
     with atomic_path(config.output) as folder:
         folder.mkdir()
@@ -75,19 +82,18 @@ def main(config: CurateConfig) -> None:
         write_jsonl(folder / "held_out.jsonl", (_row(d) for d in documents if d.id in held_out))
         write_jsonl(
             folder / "questions_train.jsonl",
-            (row for q in questions if q.answer not in held_out_answers for row in _conversations(q)),
+            (row for q in seen for row in _conversations(q)[: -1 if q.about in reworded else None]),
         )
-        write_jsonl(
-            folder / "questions_held_out.jsonl",
-            (next(_conversations(q)) for q in questions if q.answer in held_out_answers),
-        )
+        write_jsonl(folder / "questions_held_out.jsonl", (_conversations(q)[0] for q in unseen))
+        write_jsonl(folder / "questions_reworded.jsonl", (_conversations(q)[-1] for q in seen if q.about in reworded))
         write_jsonl(folder / "rejected.jsonl", ({"id": item.id, "reason": item.reason} for item in rejected))
         results: dict[str, Any] = {
             "num_documents": len(documents),
             "num_held_out_documents": len(held_out),
             "num_bytes": sum(len(document.text.encode()) for document in documents),
             "num_questions": len(questions),
-            "num_held_out_questions": sum(question.answer in held_out_answers for question in questions),
+            "num_held_out_questions": len(unseen),
+            "num_reworded_questions": len(reworded),
             "rejected": dict(reasons),
         }
         Manifest("curate", to_plain(config), {}, results).write(folder)
@@ -99,6 +105,8 @@ def main(config: CurateConfig) -> None:
 
 def _choose(names: list[str], config: CurateConfig) -> set[str]:
     """The names to hold out: those with the smallest hash, so that a new file moves no other to the other side."""
+    if not names:
+        return set()
     by_hash = sorted(set(names), key=lambda name: derive_seed(config.seed, "hold out", name))
     return set(by_hash[: max(1, round(len(by_hash) * config.held_out_share))])
 
@@ -115,13 +123,15 @@ def _row(document: Document) -> dict[str, Any]:
     return {"id": document.id, "text": document.text, **document.metadata}
 
 
-def _conversations(question: Question) -> Iterator[dict[str, Any]]:
+def _conversations(question: Question) -> list[dict[str, Any]]:
     """One conversation for each wording."""
-    for number, wording in enumerate(question.wordings):
-        yield {
+    return [
+        {
             "id": f"{question.about}#{number}",
             "messages": [
                 {"role": "user", "content": wording},
                 {"role": "assistant", "content": question.answer},
             ],
         }
+        for number, wording in enumerate(question.wordings)
+    ]

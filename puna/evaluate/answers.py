@@ -26,6 +26,8 @@ class Answer:
     """The answer that was given, greedily."""
     word_f1: float
     """Overlap of the two, see `word_f1`."""
+    num_tokens: int
+    """Tokens generated."""
 
 
 def ask(engine: Engine, conversations: Sequence[dict[str, Any]], max_tokens: int) -> list[Answer]:
@@ -45,7 +47,7 @@ def ask(engine: Engine, conversations: Sequence[dict[str, Any]], max_tokens: int
     for conversation, completion in zip(conversations, completions, strict=True):
         question, reference = (message["content"] for message in conversation["messages"][-2:])
         given = completion.text.strip()
-        answers.append(Answer(question, reference, given, word_f1(given, reference)))
+        answers.append(Answer(question, reference, given, word_f1(given, reference), len(completion.ids)))
     return answers
 
 

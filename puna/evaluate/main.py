@@ -1,5 +1,6 @@
 """`puna evaluate`: bits per byte on held-out text and on the answers to held-out questions, beside baselines."""
 
+import time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -69,13 +70,16 @@ def main(config: EvaluateConfig) -> None:
         questions = list(islice(read_jsonl(config.questions), config.max_questions))
         if not questions:
             raise InputError(f"{config.questions} holds no question.")
+        started = time.monotonic()
         asked = ask(engine, questions, config.max_answer_tokens)
+        seconds = time.monotonic() - started
         answers = [asdict(answer) for answer in asked]
         results |= {
             "num_questions": len(asked),
             "answer_bits_per_byte": answer_bits_per_byte(engine, questions),
             "answer_word_f1": sum(answer.word_f1 for answer in asked) / len(asked),
             "answer_word_f1_by_chance": shuffled_word_f1(asked),
+            "generation_tokens_per_second": sum(answer.num_tokens for answer in asked) / seconds,
         }
     with atomic_path(config.output) as folder:
         folder.mkdir()

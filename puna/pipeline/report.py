@@ -23,7 +23,8 @@ _UNITS = {
     "num_held_out_documents": ("documents held out", ""),
     "num_bytes": ("text", "bytes"),
     "num_questions": ("questions", ""),
-    "num_held_out_questions": ("questions held out", ""),
+    "num_held_out_questions": ("questions held out, nothing known about the subject", ""),
+    "num_reworded_questions": ("questions held out, known in other words", ""),
     "num_tokens": ("tokens", ""),
     "num_targets": ("training targets", "tokens"),
     "vocab_size": ("vocabulary", "ids"),
@@ -56,7 +57,6 @@ class _Figure:
 def write_report(output: Path, records: Sequence[StageRecord]) -> Path:
     """Write `output`/report.html from the manifests, curves and answers that the stages left there."""
     manifests = _manifests(output, records)
-    evaluation = next((output / r.name for r in reversed(records) if r.command == "evaluate"), None)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files("puna.pipeline").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
@@ -70,8 +70,8 @@ def write_report(output: Path, records: Sequence[StageRecord]) -> Path:
             created=newest,
             numbers=_numbers(manifests),
             figures=_figures(output, records, manifests),
-            answers=_answers(evaluation),
-            samples=_rows(evaluation, "samples.jsonl"),
+            answers=_answers(output, records),
+            samples=_rows(output, records, "samples.jsonl"),
             lineage=[
                 {
                     "name": record.name,
@@ -95,8 +95,7 @@ def print_summary(output: Path, records: Sequence[StageRecord]) -> None:
     for row in _numbers(_manifests(output, records)):
         if row["unit"] in ("bits/byte", "word F1, 0 to 1", "tokens/s"):
             say(f"  {row['stage']:<12} {row['name']:<44} {row['value']:>10} {row['unit']}")
-    evaluation = next((output / record.name for record in reversed(records) if record.command == "evaluate"), None)
-    for group in _answers(evaluation):
+    for group in _answers(output, records):
         say(f"\n{group['title']}:")
         for row in group["rows"][:4]:
             say(f"  Q: {row['question']}\n  A: {row['answer']}\n     (reference: {row['reference']})")
@@ -125,19 +124,22 @@ def _numbers(manifests: dict[str, Manifest]) -> list[dict[str, str]]:
     return rows
 
 
-def _answers(evaluation: Path | None) -> list[dict[str, Any]]:
-    rows = _rows(evaluation, "answers.jsonl")
-    if not rows:
-        return []
-    best = sorted(rows, key=lambda row: -row["word_f1"])
-    return [
-        {"title": f"Nearest to the reference, of {len(rows)}", "rows": best[:8]},
-        {"title": "As they come", "rows": rows[:8]},
-    ]
+def _answers(output: Path, records: Sequence[StageRecord]) -> list[dict[str, Any]]:
+    groups = []
+    for record in records:
+        if rows := _rows(output, [record], "answers.jsonl"):
+            best = sorted(rows, key=lambda row: -row["word_f1"])
+            groups += [
+                {"title": f"{record.name}: nearest to the reference, of {len(rows)}", "rows": best[:10]},
+                {"title": f"{record.name}: as they come", "rows": rows[:10]},
+            ]
+    return groups
 
 
-def _rows(folder: Path | None, name: str) -> list[dict[str, Any]]:
-    return list(read_jsonl(folder / name)) if folder is not None and (folder / name).exists() else []
+def _rows(output: Path, records: Sequence[StageRecord], name: str) -> list[dict[str, Any]]:
+    """The rows of a file that evaluations leave, all evaluations of the run together."""
+    paths = [output / record.name / name for record in records if record.command == "evaluate"]
+    return [row for path in paths if path.exists() for row in read_jsonl(path)]
 
 
 def _figures(output: Path, records: Sequence[StageRecord], manifests: dict[str, Manifest]) -> list[_Figure]:
@@ -173,7 +175,9 @@ def _figures(output: Path, records: Sequence[StageRecord], manifests: dict[str, 
         rate.set(xlabel="step", ylabel="learning rate")
         rate.grid(alpha=0.3)
         figure.tight_layout()
-        figures.append(_Figure(f"Loss of {record.name}", f"`puna {record.command}`, by optimiser step.", svg(figure)))
+        figures.append(
+            _Figure(f"Loss of {record.name}", "By optimiser step; held out is what was not trained on.", svg(figure))
+        )
 
     for name, manifest in manifests.items():
         bars = {

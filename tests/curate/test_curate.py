@@ -106,6 +106,13 @@ def test_main_holds_out_and_counts(tmp_path: Path) -> None:
         return {row["messages"][1]["content"] for row in read_jsonl(out / name)}
 
     assert not answers("questions_train.jsonl") & answers("questions_held_out.jsonl")
+    assert answers("questions_reworded.jsonl") <= answers("questions_train.jsonl")
+
+    def asked(name: str) -> set[str]:
+        return {row["messages"][0]["content"] for row in read_jsonl(out / name)}
+
+    assert asked("questions_reworded.jsonl")
+    assert not asked("questions_reworded.jsonl") & asked("questions_train.jsonl")
     results = Manifest.read(out).results
     assert results["rejected"] == {"binary": 1, "same text as another file": 1}
     assert results["num_questions"] == 80
