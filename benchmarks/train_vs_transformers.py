@@ -3,8 +3,8 @@
 Same shape, same tokens, same batch, same optimiser (fused AdamW, gradient clipping), one run. The other side gets its
 best settings: every variant in THEIRS is timed (attention through scaled_dot_product_attention, the library's
 default), and the fastest counts. Ours trains on the same rows with attention kept inside documents, which theirs does
-not do. Each variant runs in a process of its own, several times in turn, so that a machine whose speed drifts hits
-all alike; a variant's figure is its median step.
+not do. Each variant runs in a process of its own; the fastest of each side then runs twice more, in turn, so that a
+machine whose speed drifts hits both alike. A variant's figure is the median of its runs' median steps.
 
     python benchmarks/train_vs_transformers.py [--quick] [--json]
 """
@@ -204,25 +204,27 @@ def main() -> None:
 
     shapes = GPU_SHAPES if torch.cuda.is_available() else CPU_SHAPES
     variants = [*OURS, *THEIRS]
-    rounds, seconds = 3, 6.0
+    rounds, seconds = 3, 5.0
     if arguments.quick:
-        shapes, rounds, seconds = shapes[:1], 1, 2.0
+        shapes, rounds, seconds = shapes[:1], 1, 1.0
         variants = [variant for variant in variants if not variant.endswith("compiled")]
     for shape_name in shapes:
         shape = SHAPES[shape_name]
         tokens = shape["rows"] * shape["row_length"]
         samples: dict[str, list[float]] = {variant: [] for variant in variants}
+        running = variants
         for _ in range(rounds):
-            for variant in variants:
+            for variant in running:
                 command = [sys.executable, __file__, "--variant", variant, "--shape", shape_name]
                 done = subprocess.run([*command, "--seconds", str(seconds)], capture_output=True, text=True)
                 if done.returncode:
                     print(f"{variant} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
                     continue
                 samples[variant].append(tokens / json.loads(done.stdout.splitlines()[-1])["seconds"])
-        speeds = {variant: statistics.median(found) for variant, found in samples.items() if found}
-        ours = max((v for v in speeds if v in OURS), key=speeds.__getitem__)
-        theirs = max((v for v in speeds if v in THEIRS), key=speeds.__getitem__)
+            speeds = {variant: statistics.median(found) for variant, found in samples.items() if found}
+            ours = max((v for v in speeds if v in OURS), key=speeds.__getitem__)
+            theirs = max((v for v in speeds if v in THEIRS), key=speeds.__getitem__)
+            running = [ours, theirs]
         figure = {
             "name": f"training, {shape_name}: {ours} / {theirs}",
             "ours": round(speeds[ours]),

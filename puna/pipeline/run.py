@@ -92,6 +92,8 @@ def plan(values: dict[str, Any], source: str) -> tuple[Path, list[PlannedStage]]
             raise InputError(f"{source}: {name} is not a table. At the top stand `output` and one table a stage.")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise InputError(f"{source}: a stage's name is letters, digits, - and _; {name!r} is not.")
+        if "output" in table:
+            raise InputError(f"{source}: [{name}] sets output, but in a run a stage writes to {root / name}.")
         table = dict(table)
         command = table.pop("stage", name)
         kind, main = load_stage(command)
@@ -99,7 +101,7 @@ def plan(values: dict[str, Any], source: str) -> tuple[Path, list[PlannedStage]]
         needs: list[str] = []
         resolved = _resolve(table, folders, needs, f"{source}: {name}")
         config = parse_config(kind, {"output": str(root / name)} | resolved, f"{source}, [{name}]")
-        stages.append(PlannedStage(name, command, config, main, tuple(dict.fromkeys(needs)), Path(config.output)))
+        stages.append(PlannedStage(name, command, config, main, tuple(dict.fromkeys(needs)), root / name))
     if not stages:
         raise InputError(f"{source} has no stage.")
     return root, stages
@@ -163,7 +165,7 @@ def _set_aside(output: Path, place: Path) -> Iterator[None]:
 
 
 def _fingerprint(stage: PlannedStage, before: dict[str, StageRecord]) -> str:
-    made_here = [str(record_output) for record_output in (stage.output.parent / name for name in stage.needs)]
+    made_here = [str(stage.output.parent / name) for name in stage.needs]
     config = to_plain(stage.config)
     outside = {
         text: content_hash(Path(text).expanduser())

@@ -170,6 +170,7 @@ def test_an_interrupted_stage_goes_on(recipe: Path, tmp_path: Path, monkeypatch:
         ('output = "o"\n[curat]\nsource = "x"', "did you mean 'curate'"),
         ('output = "o"\n[curate]\nsource = "{corpus}"', r"refers to \{corpus\}"),
         ('output = "o"\n[curate]\nsources = "x"', r"\[curate\].*no key sources"),
+        ('output = "o"\n[curate]\nsource = "x"\noutput = "p"', r"\[curate\] sets output"),
     ],
 )
 def test_a_wrong_recipe_is_explained_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
