@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENV := .venv
 BIN := $(ENV)/bin
 
-.PHONY: quickstart test test-all lint format docs clean
+.PHONY: quickstart test test-all format docs clean
 
 quickstart: $(ENV)/.quickstart-ready
 	$(BIN)/puna run recipes/quickstart.toml
