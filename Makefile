@@ -25,7 +25,7 @@ docs: $(ENV)/.dev-ready
 
 $(ENV)/.quickstart-ready: pyproject.toml
 	$(PYTHON) -m venv $(ENV)
-	$(BIN)/pip install --quiet --editable ".[serve,report]"
+	$(BIN)/pip install --quiet --editable ".[curate,serve,report]"
 	@touch $@
 
 $(ENV)/.dev-ready: pyproject.toml

@@ -15,10 +15,10 @@ PACKAGE = ROOT / "puna"
 ROWS = [
     {"config", "runtime"},
     {"tokenizer", "model"},
-    {"curate", "weights", "batches", "parallel", "peft", "compress"},
+    {"weights", "batches", "parallel", "peft", "compress"},
     {"train", "infer"},
     {"evaluate"},
-    {"pretrain", "finetune", "align", "serve"},
+    {"curate", "pretrain", "finetune", "align", "serve"},
     {"apps"},
     {"pipeline"},
     {"cli"},
