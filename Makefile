@@ -23,12 +23,15 @@ format: $(ENV)/.dev-ready
 docs: $(ENV)/.dev-ready
 	$(BIN)/python docs/generate.py
 
-$(ENV)/.quickstart-ready: pyproject.toml
+# The native kernels are compiled on installation, so a change of theirs installs anew.
+SOURCES := pyproject.toml $(wildcard puna/kernels/*.cpp puna/kernels/*.inl)
+
+$(ENV)/.quickstart-ready: $(SOURCES)
 	$(PYTHON) -m venv $(ENV)
 	$(BIN)/pip install --quiet --editable ".[curate,serve,report]"
 	@touch $@
 
-$(ENV)/.dev-ready: pyproject.toml
+$(ENV)/.dev-ready: $(SOURCES)
 	$(PYTHON) -m venv $(ENV)
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@ $(ENV)/.quickstart-ready

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "puna"
 ROWS = [
     {"config", "runtime"},
     {"tokenizer", "model"},
+    {"kernels"},
     {"weights", "batches", "parallel", "peft", "compress"},
     {"train", "infer"},
     {"evaluate"},

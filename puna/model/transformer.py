@@ -7,7 +7,7 @@ dimension, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,27 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+    """Several maps of the same input: in training as one product, which is faster where each of them is small.
+
+    One by one where a weight is sharded, hooked or of another class, such as an adapter's; and where nothing is
+    trained, because every step would copy the weights.
+    """
+    joined = torch.is_grad_enabled() and all(_is_plain(part) for part in maps)
+    if not joined or len({part.bias is None for part in maps}) > 1:
+        return tuple(part(x) for part in maps)
+    linears = cast(tuple[Linear, ...], maps)
+    weight = torch.cat(tuple(part.weight for part in linears)).to(x.dtype)
+    biases = tuple(part.bias for part in linears if part.bias is not None)
+    bias = torch.cat(biases).to(x.dtype) if biases else None
+    return torch.split(F.linear(x, weight, bias), [part.out_features for part in linears], dim=-1)
+
+
+def _is_plain(part: nn.Module) -> bool:
+    hooked = part._forward_hooks or part._forward_pre_hooks
+    return type(part) is Linear and type(part.weight) is nn.Parameter and not hooked
 
 
 class RMSNorm(nn.Module):
@@ -62,9 +83,10 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        q_BTHK = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BTGK = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTGK = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTHK, k_BTGK, v_BTGK = (
+            part.unflatten(-1, (-1, self.head_dim))  # type: ignore[no-untyped-call]
+            for part in project(x_BTD, self.query, self.key, self.value)
+        )
         q_BTHK = rotate(self.query_norm(q_BTHK), rotation)
         k_BTGK = rotate(self.key_norm(k_BTGK), rotation)
         o_BTHK = attend(self.layer, q_BTHK, k_BTGK, v_BTGK)
@@ -81,7 +103,8 @@ class FeedForward(nn.Module):
         self.down = Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))  # type: ignore[no-any-return]
+        gate_BTF, up_BTF = project(x_BTD, self.gate, self.up)
+        return self.down(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SLICE_BYTES = 16 * 2**20
+from puna.kernels.cross_entropy import cross_entropy_and_error
+
+_SLICE_BYTES = 32 * 2**20
 
 
 def naive_linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int) -> Tensor:
@@ -40,15 +42,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         rows = max(1, _SLICE_BYTES // (4 * weight.shape[0]))
+        # One buffer, reused in place by every slice: fresh memory costs more than the arithmetic on it.
+        product = h_ND.new_empty(min(rows, len(targets)), weight.shape[0])
         for chosen in torch.split(targets, rows):
-            h, labels = h_ND[chosen], labels_N[chosen, None]
-            logits = (h @ weight.T).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, labels)).sum()
+            h, labels = h_ND[chosen], labels_N[chosen]
+            logits = torch.mm(h, weight.T, out=product[: len(chosen)]).float()
+            part, error = cross_entropy_and_error(logits, labels)
+            total += part
             if grad_h_ND is not None and grad_weight_VD is not None:
-                # d loss / d logits = softmax - one-hot, in place of the logits
-                error = logits.sub_(log_sum).exp_()
-                error.scatter_add_(1, labels, error.new_full((), -1.0).expand_as(labels))
                 error = error.to(h.dtype)
                 grad_h_ND[chosen] = error @ weight
                 if error.dtype == grad_weight_VD.dtype:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from puna.batches.packing import IGNORE, TokenBatch
-from puna.model.attend import DocumentAttend
+from puna.kernels.attend import document_attend
 from puna.model.transformer import Linear, Transformer
 from puna.train.cross_entropy import linear_cross_entropy
 
@@ -34,6 +34,6 @@ def causal_lm_loss(model: Transformer, batch: TokenBatch) -> LossSum:
     def head(h_BTD: Tensor, output: Linear) -> Tensor:
         return linear_cross_entropy(h_BTD.flatten(0, 1), output.weight, batch.labels_BT.flatten(), IGNORE)
 
-    attend = DocumentAttend(batch.documents_BT)
+    attend = document_attend(batch.documents_BT)
     total = model(batch.ids_BT, batch.positions_BT, attend, head)
     return LossSum(total, batch.num_targets)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from puna.model.attend import DocumentAttend, bidirectional, causal
 from puna.model.config import LlamaConfig
+from puna.model.transformer import Linear, project
 
 CONFIG = LlamaConfig(
     vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, context_length=64
@@ -119,3 +120,20 @@ def test_head_sees_hidden_states_and_decides_what_forward_returns(make_model):
     hidden, width = model(ids_BT, head=lambda h_BTD, output: (h_BTD, output.out_features))
     assert (hidden.shape, width) == ((1, 6, 32), 64)
     torch.testing.assert_close(model.output(hidden), model(ids_BT))
+
+
+@pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, False, True)])
+def test_joint_projection_equals_single_ones(biases: tuple[bool, ...]) -> None:
+    """Fused in training, one by one without gradients, or where a module has a hook."""
+    torch.manual_seed(0)
+    maps = [Linear(8, size, bias=bias) for size, bias in zip((5, 3, 5), biases, strict=True)]
+    x = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        single = project(x, *maps)
+    joint = project(x, *maps)
+    for one, other in zip(joint, single, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    seen: list[int] = []
+    maps[1].register_forward_hook(lambda *_: seen.append(1))
+    project(x, *maps)
+    assert seen == [1]

@@ -1,0 +1,118 @@
+// C interface of the kernels. Each is compiled once per instruction set; the caller says which (see library.py).
+
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+namespace {
+
+// Queries whose scores are held at once.
+constexpr long QUERIES = 24;
+
+// Sizes count floats. A row is what lies between the same element of two neighbouring tokens.
+struct Attention {
+    const float *q, *k, *v;  // [tokens, heads, size], [tokens, groups, size] twice; the two inner axes are dense
+    long q_row, k_row, v_row;
+    const long *starts;  // of each document, and the end of the last
+    long documents, longest, heads, groups, size;
+    float scale;
+    float *o;        // [tokens, heads, size], dense
+    float *log_sum;  // [tokens, heads]: logarithm of the softmax's denominator
+};
+
+struct AttentionGradient {
+    const float *o;  // dL/do
+    long o_row;
+    float *q, *k, *v;  // dense
+};
+
+struct Scratch {
+    float *data;
+    explicit Scratch(long count) : data(static_cast<float *>(aligned_alloc(64, (count * 4 + 63) / 64 * 64))) {
+        if (!data) throw std::bad_alloc();
+    }
+    ~Scratch() { free(data); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+};
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,avx2")
+namespace avx512 {
+#define WIDTH 16
+#include "vector.inl"
+#include "attention.inl"
+#include "cross_entropy.inl"
+#undef WIDTH
+}  // namespace avx512
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define WIDTH 8
+#include "vector.inl"
+#include "attention.inl"
+#include "cross_entropy.inl"
+#undef WIDTH
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+namespace portable {
+#define WIDTH 4
+#include "vector.inl"
+#include "attention.inl"
+#include "cross_entropy.inl"
+#undef WIDTH
+}  // namespace portable
+
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+}  // namespace
+
+extern "C" {
+
+// The best instruction set of this processor, as a Level.
+int puna_level() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return PORTABLE;
+}
+
+void puna_attention_forward(int level, const float *q, long q_row, const float *k, long k_row, const float *v,
+                            long v_row, const long *starts, long documents, long longest, long heads, long groups,
+                            long size, float scale, float *o, float *log_sum) {
+    const Attention a{q, k, v, q_row, k_row, v_row, starts, documents, longest, heads, groups, size, scale, o, log_sum};
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::forward(a);
+    if (level == AVX2) return avx2::forward(a);
+#endif
+    portable::forward(a);
+}
+
+void puna_attention_backward(int level, const float *q, long q_row, const float *k, long k_row, const float *v,
+                             long v_row, const long *starts, long documents, long longest, long heads, long groups,
+                             long size, float scale, float *o, float *log_sum, const float *o_grad, long o_grad_row,
+                             float *q_grad, float *k_grad, float *v_grad) {
+    const Attention a{q, k, v, q_row, k_row, v_row, starts, documents, longest, heads, groups, size, scale, o, log_sum};
+    const AttentionGradient g{o_grad, o_grad_row, q_grad, k_grad, v_grad};
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::backward(a, g);
+    if (level == AVX2) return avx2::backward(a, g);
+#endif
+    portable::backward(a, g);
+}
+
+// In place: logits become the gradient. `losses` takes one float a row.
+void puna_cross_entropy(int level, float *logits, long rows, long vocabulary, const long *labels, float *losses) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::cross_entropy(logits, rows, vocabulary, labels, losses);
+    if (level == AVX2) return avx2::cross_entropy(logits, rows, vocabulary, labels, losses);
+#endif
+    portable::cross_entropy(logits, rows, vocabulary, labels, losses);
+}
+}
