@@ -4,13 +4,16 @@ Layout of a shard folder:
     ids-00000.bin ...    little-endian uint16 or uint32, documents one after another, none cut by a shard's end
     mask-00000.bin ...   uint8 beside it, 1 where a token is a training target; absent when every token is
     offsets.npy          int64, where document i starts in the concatenation of all shards; one more for the end
-    documents.jsonl      id and UTF-8 length of each document's text, one a line
+    documents.jsonl      id, source where known, and UTF-8 length of each document's text, one a line
     puna.json            manifest: number of tokens, documents and bytes, dtype, and the tokenizer's hash
 """
 
+import itertools
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,54 +26,127 @@ from puna.runtime.files import read_jsonl
 from puna.runtime.manifest import Manifest
 
 
-@dataclass
+@dataclass(frozen=True)
+class WriterState:
+    """How far a writer had come; `ShardWriter.resume` goes on from there."""
+
+    shard_sizes: list[int]
+    """Tokens in each file of ids."""
+    num_documents: int
+    num_bytes: int
+    num_targets: int
+    documents_file_bytes: int
+    """Size of documents.jsonl."""
+
+
 class ShardWriter:
-    """Writes documents into an existing empty folder; use as a context manager, then write a manifest.
+    """Writes documents into an existing folder; use as a context manager, then write a manifest.
+
+    Memory does not grow with the number of documents.
 
     Args:
         directory: where to; wrap in `atomic_path` to make it appear whole.
         vocab_size: decides between two and four bytes an id.
         shard_tokens: start a new file once one holds this many.
+        resume: what `checkpoint` returned in a run that was interrupted; what came after is dropped.
     """
 
-    directory: Path
-    vocab_size: int
-    shard_tokens: int = 2**28
-    num_tokens: int = field(default=0, init=False)
-    num_bytes: int = field(default=0, init=False)
-    num_targets: int = field(default=0, init=False)
-    _offsets: list[int] = field(default_factory=lambda: [0], init=False)
-    _shard_sizes: list[int] = field(default_factory=list, init=False)
-
-    def __enter__(self) -> "ShardWriter":
-        self._dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self._documents = (self.directory / "documents.jsonl").open("w", encoding="utf-8")
+    def __init__(
+        self, directory: Path, vocab_size: int, shard_tokens: int = 2**28, resume: WriterState | None = None
+    ) -> None:
+        self.directory, self.shard_tokens = directory, shard_tokens
+        self.num_tokens = self.num_bytes = self.num_targets = self.num_documents = 0
+        self._shard_sizes: list[int] = []
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._ids: BinaryIO | None = None
         self._mask: BinaryIO | None = None
+        if resume is not None:
+            self.num_tokens, self.num_bytes = sum(resume.shard_sizes), resume.num_bytes
+            self.num_targets, self.num_documents = resume.num_targets, resume.num_documents
+            self._shard_sizes = list(resume.shard_sizes)
+        for path in (*directory.glob("ids-*.bin"), *directory.glob("mask-*.bin")):
+            if int(path.stem.split("-")[1]) >= len(self._shard_sizes):
+                path.unlink()
+        self._documents = _open(directory / "documents.jsonl", 0 if resume is None else resume.documents_file_bytes)
+        header = _offsets_header(0)
+        kept = 0 if resume is None else len(header) + 8 * (resume.num_documents + 1)
+        self._offsets = _open(directory / "offsets.npy", kept)
+        if resume is None:
+            self._offsets.write(header + bytes(8))
+        elif self._shard_sizes:
+            last = len(self._shard_sizes) - 1
+            self._ids = _open(self._ids_path(last), self._shard_sizes[-1] * self._dtype.itemsize)
+            if self._mask_path(last).exists():
+                self._mask = _open(self._mask_path(last), self._shard_sizes[-1])
+
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def add(self, ids: Sequence[int], document_id: str, num_bytes: int, mask: Sequence[int] | None = None) -> None:
         """Append one document; `mask` must be given for every document or for none."""
-        if self._ids is None or self._shard_sizes[-1] >= self.shard_tokens:
-            self._next_shard(with_mask=mask is not None)
-        assert self._ids is not None
-        assert (mask is None) == (self._mask is None)
-        self._ids.write(np.asarray(ids, dtype=self._dtype).tobytes())
-        if mask is not None and self._mask is not None:
-            assert len(mask) == len(ids)
-            self._mask.write(np.asarray(mask, dtype=np.uint8).tobytes())
-        self._documents.write(json.dumps({"id": document_id, "bytes": num_bytes}, ensure_ascii=False) + "\n")
-        self._shard_sizes[-1] += len(ids)
-        self.num_tokens += len(ids)
+        assert mask is None or len(mask) == len(ids)
+        self.add_many(
+            np.asarray(ids, dtype=self._dtype),
+            np.array([len(ids)], dtype=np.int64),
+            document_line({"id": document_id, "bytes": num_bytes}),
+            num_bytes,
+            None if mask is None else np.asarray(mask, dtype=np.uint8),
+        )
+
+    def add_many(
+        self,
+        ids: NDArray[np.integer],
+        lengths: NDArray[np.int64],
+        documents: bytes,
+        num_bytes: int,
+        mask: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """Append documents.
+
+        Args:
+            ids: of all of them, one after another.
+            lengths: tokens of each.
+            documents: their lines of documents.jsonl, see `document_line`.
+            num_bytes: UTF-8 bytes of their texts together.
+            mask: as long as `ids`; given always or never.
+        """
+        ends = np.cumsum(lengths)
+        first, begin = 0, 0
+        while first < len(lengths):
+            if self._ids is None or self._shard_sizes[-1] >= self.shard_tokens:
+                self._next_shard(with_mask=mask is not None)
+            assert self._ids is not None
+            assert (mask is None) == (self._mask is None)
+            # Documents belong to this file as long as it is not full where they begin.
+            room = self.shard_tokens - self._shard_sizes[-1]
+            first = 1 + int(np.searchsorted(ends[first:-1] - begin, room)) + first
+            end = int(ends[first - 1])
+            self._ids.write(ids[begin:end].astype(self._dtype, copy=False).tobytes())
+            if mask is not None and self._mask is not None:
+                self._mask.write(mask[begin:end].tobytes())
+            self._shard_sizes[-1] += end - begin
+            begin = end
+        self._offsets.write((self.num_tokens + ends).astype("<i8").tobytes())
+        self._documents.write(documents)
+        self.num_documents += len(lengths)
+        self.num_tokens += begin
         self.num_bytes += num_bytes
-        self.num_targets += len(ids) if mask is None else sum(mask)
-        self._offsets.append(self.num_tokens)
+        self.num_targets += begin if mask is None else int(mask.sum())
+
+    def checkpoint(self) -> WriterState:
+        """Bring everything to the disk, and return what `resume` takes to go on from here."""
+        for file in self._files():
+            file.flush()
+            os.fsync(file.fileno())
+        return WriterState(
+            list(self._shard_sizes), self.num_documents, self.num_bytes, self.num_targets, self._documents.tell()
+        )
 
     def results(self, tokenizer_hash: str) -> dict[str, Any]:
         """What the manifest has to record for `TokenShards` to read the folder."""
         return {
             "num_tokens": self.num_tokens,
-            "num_documents": len(self._offsets) - 1,
+            "num_documents": self.num_documents,
             "num_bytes": self.num_bytes,
             "num_targets": self.num_targets,
             "dtype": self._dtype.str,
@@ -81,19 +157,54 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._ids, self._mask, self._documents):
-            if file is not None:
-                file.close()
-        np.save(self.directory / "offsets.npy", np.asarray(self._offsets, dtype=np.int64))
+        self._offsets.seek(0)
+        self._offsets.write(_offsets_header(self.num_documents + 1))
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> list[BinaryIO]:
+        return [file for file in (self._ids, self._mask, self._documents, self._offsets) if file is not None]
 
     def _next_shard(self, with_mask: bool) -> None:
         for file in (self._ids, self._mask):
             if file is not None:
                 file.close()
         number = len(self._shard_sizes)
-        self._ids = (self.directory / f"ids-{number:05}.bin").open("wb")
-        self._mask = (self.directory / f"mask-{number:05}.bin").open("wb") if with_mask else None
+        self._ids = self._ids_path(number).open("wb")
+        self._mask = self._mask_path(number).open("wb") if with_mask else None
         self._shard_sizes.append(0)
+
+    def _ids_path(self, number: int) -> Path:
+        return self.directory / f"ids-{number:05}.bin"
+
+    def _mask_path(self, number: int) -> Path:
+        return self.directory / f"mask-{number:05}.bin"
+
+
+def shard_folders(directory: Path) -> dict[str, Path]:
+    """The folders of token shards that `puna tokenize` wrote to `directory`, by name: several, or itself as ""."""
+    folders = Manifest.read(directory).results.get("folders")
+    return {"": directory} if folders is None else {name: directory / name for name in folders}
+
+
+def document_line(facts: dict[str, Any]) -> bytes:
+    """A document's line in documents.jsonl: its "id" and "bytes", and its "source" where it has one."""
+    return (json.dumps(facts, ensure_ascii=False) + "\n").encode()
+
+
+def _open(path: Path, kept_bytes: int) -> BinaryIO:
+    """Open for appending behind the first `kept_bytes`; what is there after them is dropped."""
+    file = path.open("r+b" if kept_bytes else "wb")
+    file.truncate(kept_bytes)
+    file.seek(kept_bytes)
+    return file
+
+
+def _offsets_header(length: int) -> bytes:
+    """The head of a .npy file of that many int64: NumPy pads it, so that its size does not depend on the length."""
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (length,)})
+    return header.getvalue()
 
 
 class TokenShards:
@@ -111,6 +222,11 @@ class TokenShards:
     def __init__(self, directory: Path, tokenizer_hash: str | None = None) -> None:
         manifest = Manifest.read(directory)
         facts = manifest.results
+        if "folders" in facts:
+            raise InputError(
+                f"{directory} holds a folder of token shards for each {facts['split_by']} "
+                f"({', '.join(facts['folders'])}). Name one of them, or mix them: `puna config pretrain` shows how."
+            )
         if "shard_sizes" not in facts:
             raise InputError(f"{directory} is the output of `puna {manifest.stage}`, not a folder of token shards.")
         if tokenizer_hash is not None and facts["tokenizer_hash"] != tokenizer_hash:
@@ -151,6 +267,21 @@ class TokenShards:
     def document_ids(self) -> list[str]:
         """The id of every document, in order."""
         return [row["id"] for row in read_jsonl(self.directory / "documents.jsonl")]
+
+    def document_facts(self, document: int) -> dict[str, Any]:
+        """The "id", "bytes" and, where known, "source" of one document; reads the list up to there."""
+        return next(itertools.islice(read_jsonl(self.directory / "documents.jsonl"), document, None))
+
+    def document_of_token(self, token: int) -> tuple[int, int]:
+        """The document that holds a token, counted from 0 over the whole folder, and the token's place within it.
+
+        Raises:
+            InputError: there are fewer tokens.
+        """
+        if not 0 <= token < self.num_tokens:
+            raise InputError(f"{self.directory} has no token {token:,}; they count from 0 to {self.num_tokens - 1:,}.")
+        document = int(np.searchsorted(self.offsets, token, side="right")) - 1
+        return document, token - int(self.offsets[document])
 
     def _map(self, name: str, dtype: str, size: int) -> NDArray[np.integer]:
         path = self.directory / name

@@ -1,20 +1,17 @@
 """`report.html`: one page that shows what a run made, how, and how good it is."""
 
-import io
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from puna import __version__
 from puna.pipeline.record import StageRecord
-from puna.runtime.files import read_jsonl, write_text
+from puna.runtime.errors import InputError
+from puna.runtime.files import read_jsonl
 from puna.runtime.manifest import FILE_NAME, Manifest
+from puna.runtime.page import new_figure, to_svg, write_page
 from puna.runtime.progress import duration, say
 from puna.train.metrics import read_metrics
 
@@ -57,35 +54,28 @@ class _Figure:
 def write_report(output: Path, records: Sequence[StageRecord]) -> Path:
     """Write `output`/report.html from the manifests, curves and answers that the stages left there."""
     manifests = _manifests(output, records)
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("puna.pipeline").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
-    newest = max((manifest.created for manifest in manifests.values()), default="")
-    write_text(
+    write_page(
         output / "report.html",
-        page.render(
-            title=output.resolve().name,
-            version=__version__,
-            machine=f"{platform.platform()}, Python {platform.python_version()}",
-            created=newest,
-            numbers=_numbers(manifests),
-            figures=_figures(output, records, manifests),
-            answers=_answers(output, records),
-            samples=_rows(output, records, "samples.jsonl"),
-            lineage=[
-                {
-                    "name": record.name,
-                    "command": record.command,
-                    "seconds": duration(record.seconds),
-                    "inputs": manifests[record.name].inputs,
-                    "code_version": manifests[record.name].code_version,
-                    "created": manifests[record.name].created,
-                    "config": json.dumps(manifests[record.name].config, indent=2, ensure_ascii=False),
-                }
-                for record in records
-                if record.name in manifests
-            ],
-        ),
+        files("puna.pipeline").joinpath("report.html.jinja").read_text(encoding="utf-8"),
+        title=output.resolve().name,
+        created=max((manifest.created for manifest in manifests.values()), default=""),
+        numbers=_numbers(manifests),
+        figures=_figures(output, records, manifests),
+        answers=_answers(output, records),
+        samples=_rows(output, records, "samples.jsonl"),
+        lineage=[
+            {
+                "name": record.name,
+                "command": record.command,
+                "seconds": duration(record.seconds),
+                "inputs": manifests[record.name].inputs,
+                "code_version": manifests[record.name].code_version,
+                "created": manifests[record.name].created,
+                "config": json.dumps(manifests[record.name].config, indent=2, ensure_ascii=False),
+            }
+            for record in records
+            if record.name in manifests
+        ],
     )
     return output / "report.html"
 
@@ -144,23 +134,17 @@ def _rows(output: Path, records: Sequence[StageRecord], name: str) -> list[dict[
 
 def _figures(output: Path, records: Sequence[StageRecord], manifests: dict[str, Manifest]) -> list[_Figure]:
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say("The report has no plots, because matplotlib is absent: pip install 'puna[report]'.")
+        new_figure(1, 1)
+    except InputError as error:
+        say(f"The report has no plots. {error}")
         return []
-
-    def svg(figure: Any) -> str:
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight")
-        text = buffer.getvalue()
-        return text[text.index("<svg") :]
 
     figures = []
     for record in records:
         path = output / record.name / "metrics.jsonl"
         if not path.exists():
             continue
-        figure = Figure(figsize=(9, 3.6))
+        figure = new_figure(9, 3.6)
         loss, rate = figure.subplots(1, 2, width_ratios=(2, 1))
         points = read_metrics(path)
         for key, label in (("train/loss", "training"), ("validation/loss", "held out")):
@@ -176,7 +160,7 @@ def _figures(output: Path, records: Sequence[StageRecord], manifests: dict[str, 
         rate.grid(alpha=0.3)
         figure.tight_layout()
         figures.append(
-            _Figure(f"Loss of {record.name}", "By optimiser step; held out is what was not trained on.", svg(figure))
+            _Figure(f"Loss of {record.name}", "By optimiser step; held out is what was not trained on.", to_svg(figure))
         )
 
     for name, manifest in manifests.items():
@@ -186,7 +170,7 @@ def _figures(output: Path, records: Sequence[StageRecord], manifests: dict[str, 
             if key.endswith("bits_per_byte") and not key.startswith("answer")
         }
         if len(bars) > 1:
-            figure = Figure(figsize=(9, 0.5 * len(bars) + 1))
+            figure = new_figure(9, 0.5 * len(bars) + 1)
             axes = figure.subplots()
             drawn = axes.barh(list(bars), list(bars.values()), color=["tab:orange", *["tab:gray"] * (len(bars) - 1)])
             axes.bar_label(drawn, fmt="%.3f", padding=3)
@@ -198,7 +182,7 @@ def _figures(output: Path, records: Sequence[StageRecord], manifests: dict[str, 
                     f"Prediction of held-out files ({name})",
                     "How many bits each needs for a byte of text that it was not trained on. The n-gram model "
                     "(interpolated Kneser-Ney) was trained on the whole training text, with the same tokens.",
-                    svg(figure),
+                    to_svg(figure),
                 )
             )
     return figures

@@ -17,9 +17,12 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "curate": Stage("puna.curate.main", "CurateConfig", "Read raw files into documents and questions."),
+    "curate": Stage("puna.curate.main", "CurateConfig", "Read raw files into clean documents."),
+    "questions": Stage("puna.curate.questions", "QuestionsConfig", "Draw questions with answers from documents."),
+    "quality_head": Stage("puna.curate.quality_head", "QualityHeadConfig", "Teach a small Llama to score documents."),
     "tokenizer": Stage("puna.tokenizer.train", "TokenizerConfig", "Train a tokenizer on documents."),
     "tokenize": Stage("puna.batches.tokenize", "TokenizeConfig", "Turn documents into token shards."),
+    "mix": Stage("puna.curate.mix", "MixConfig", "Rank mixtures of sources by what tiny models learn from them."),
     "pretrain": Stage("puna.pretrain.main", "PretrainConfig", "Train a model from random weights."),
     "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to follow instructions."),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),

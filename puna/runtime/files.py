@@ -97,6 +97,48 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} breaks off or is not what its name says, after line {number}: {error}.") from error
 
 
+def document_files(path: Path) -> list[Path]:
+    """The files that hold the rows of `path`: itself, or in a folder its Parquet files, else its JSON Lines, by name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise InputError(f"{path} does not exist; it should be a Parquet or .jsonl file, or a folder of such files.")
+    for patterns in (("*.parquet",), ("*.jsonl", "*.jsonl.gz")):
+        if files := sorted(file for pattern in patterns for file in path.glob(pattern)):
+            return files
+    inside = f" Did you mean {path / 'documents'}?" if (path / "documents").is_dir() else ""
+    raise InputError(f"{path} holds no .parquet, .jsonl or .jsonl.gz file.{inside}")
+
+
+def read_documents(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of Parquet files or JSON Lines, one file or a folder of them, one after another; null fields left out.
+
+    Raises:
+        InputError: nothing there, or a file is broken.
+    """
+    for file in document_files(path):
+        yield from _read_parquet(file) if file.suffix == ".parquet" else read_jsonl(file)
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError(f"Reading {path} needs pyarrow: pip install 'puna[curate]'.") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    yield {key: value for key, value in row.items() if value is not None}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is not a whole Parquet file ({error}). Was its writing interrupted?") from error
+
+
 def write_jsonl(destination: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object a line, atomically; return how many."""
     count = 0

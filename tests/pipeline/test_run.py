@@ -19,13 +19,16 @@ stage = "curate"
 source = "{source}"
 held_out_share = 0.2
 
+[questions]
+documents = "{{corpus}}/documents"
+
 [tokenizer]
-documents = "{{corpus}}/train.jsonl"
+documents = "{{corpus}}/documents"
 vocab_size = 300
 
 [tokens]
 stage = "tokenize"
-documents = "{{corpus}}/train.jsonl"
+documents = "{{corpus}}/documents"
 tokenizer = "{{tokenizer}}"
 
 [pretrain]
@@ -45,8 +48,8 @@ schedule.warmup_steps = 1
 [assistant]
 stage = "finetune"
 model = "{{pretrain}}/model"
-conversations = "{{corpus}}/questions_train.jsonl"
-held_out_conversations = "{{corpus}}/questions_held_out.jsonl"
+conversations = "{{questions}}/questions_train.jsonl"
+held_out_conversations = "{{questions}}/questions_held_out.jsonl"
 [assistant.train]
 steps = 3
 batch_rows = 2
@@ -60,8 +63,8 @@ schedule.warmup_steps = 1
 [quality]
 stage = "evaluate"
 model = "{{assistant}}/model"
-documents = "{{corpus}}/held_out.jsonl"
-questions = "{{corpus}}/questions_held_out.jsonl"
+documents = "{{corpus}}/held_out"
+questions = "{{questions}}/questions_held_out.jsonl"
 baseline_tokens = "{{tokens}}"
 max_answer_tokens = 8
 engine.num_threads = 1
@@ -122,7 +125,7 @@ def test_the_whole_job_and_what_a_change_makes_again(
 
 
 def states_before_quality() -> list[str]:
-    return ["corpus", "tokenizer", "tokens", "pretrain", "assistant"]
+    return ["corpus", "questions", "tokenizer", "tokens", "pretrain", "assistant"]
 
 
 def test_a_failing_stage_keeps_the_earlier_artifact(recipe: Path, tmp_path: Path) -> None:
@@ -135,10 +138,10 @@ def test_a_failing_stage_keeps_the_earlier_artifact(recipe: Path, tmp_path: Path
     assert model.read_bytes() == before
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match="usable text file"):
+    with pytest.raises(InputError, match="usable document"):
         run_recipe(recipe, [*values, f"corpus.source={empty}"])
     assert model.read_bytes() == before
-    assert (tmp_path / "out" / "corpus" / "train.jsonl").exists()
+    assert (tmp_path / "out" / "corpus" / "documents").exists()
 
 
 def test_an_interrupted_stage_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +172,7 @@ def test_an_interrupted_stage_goes_on(recipe: Path, tmp_path: Path, monkeypatch:
         ('output = "o"\nsteps = 3', "steps is not a table"),
         ('output = "o"\n[curat]\nsource = "x"', "did you mean 'curate'"),
         ('output = "o"\n[curate]\nsource = "{corpus}"', r"refers to \{corpus\}"),
-        ('output = "o"\n[curate]\nsources = "x"', r"\[curate\].*no key sources"),
+        ('output = "o"\n[curate]\nsauce = "x"', r"\[curate\].*no key sauce.*Did you mean source"),
         ('output = "o"\n[curate]\nsource = "x"\noutput = "p"', r"\[curate\] sets output"),
     ],
 )
