@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from puna.config import render_defaults
+from puna.config import kinds_in, render_defaults, render_kind
 from puna.pipeline.stages import STAGES, load_stage
 
 TARGET = Path(__file__).with_name("commands.md")
@@ -32,6 +32,8 @@ def page() -> str:
         kind, _ = load_stage(name)
         settings = render_defaults(kind).rstrip()
         parts += ["", f"## puna {name}", "", stage.help, "", "```toml", settings, "```"]
+        for one in sorted({one for choice in kinds_in(kind) for one in choice.classes}):
+            parts += ["", f"### {name}.{one}", "", "```toml", render_kind(kind, one).rstrip(), "```"]
     for words in (("run",), ("config",), ("inspect", "chat"), ("inspect", "model")):
         parts += ["", f"## puna {' '.join(words)}", "", "```text", help_of(*words), "```"]
     return "\n".join(parts) + "\n"

@@ -74,7 +74,7 @@ for _name in STAGES:
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint in any format, or hub:organisation/name.")],
     destination: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option("--to", metavar="hf|meta", help="The format to write.")] = "hf",
+    to: Annotated[str, typer.Option("--to", metavar="hf|meta|gguf", help="The format to write.")] = "hf",
     set_: Settings = None,
 ) -> None:
     settings = [_setting("source", source), _setting("destination", str(destination)), _setting("to", to)]
@@ -94,13 +94,14 @@ def run(
 
 @app.command()
 def config(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="One of: " + ", ".join(STAGES) + ".")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE[.KIND]", help="One of: " + ", ".join(STAGES) + ".")],
 ) -> None:
-    """Print a recipe of a stage: every setting, what it means, and its default."""
-    from puna.config import render_defaults
+    """Print a recipe of a stage, or of one kind of step in it: every setting, what it means, and its default."""
+    from puna.config import render_defaults, render_kind
 
-    kind, _ = load_stage(stage)
-    print(render_defaults(kind), end="")
+    name, dot, kind = stage.partition(".")
+    config, _ = load_stage(name)
+    print(render_kind(config, kind) if dot else render_defaults(config), end="")
 
 
 @inspect_app.command("chat")
@@ -127,6 +128,30 @@ def inspect_model(
     from puna.pipeline.inspect import show_model
 
     show_model(model)
+
+
+@inspect_app.command("data")
+def inspect_data(
+    folder: Annotated[
+        Path, typer.Argument(help="Output of `puna curate`, or any Parquet or JSON Lines; with --token, token shards.")
+    ],
+    page: Annotated[Path | None, typer.Option(help="Where to write the page; FOLDER.html where absent.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Token shards of these documents; looked for beside FOLDER where absent.")
+    ] = None,
+    token: Annotated[
+        int | None, typer.Option(help="Which document this token of FOLDER's shards came from, and by which steps.")
+    ] = None,
+) -> None:
+    """Show what documents there are, what was rejected and why, and what is alike; or where one token came from."""
+    if token is not None:
+        from puna.pipeline.token_lineage import show_token
+
+        show_token(folder, token)
+        return
+    from puna.pipeline.look import show_data
+
+    show_data(folder, page, tokens)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Questions with answers, drawn from documents that explain themselves.
+"""`puna questions`: questions with answers, drawn from documents that explain themselves.
 
 Python sources answer "What does shutil.copytree do?" by their docstrings; texts with headings answer "What does
 guide.md say about Installation?" by the paragraph under the heading; other prose answers what comes after a sentence.
@@ -8,10 +8,18 @@ import ast
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from puna.config import to_plain
 from puna.curate.document import Document
+from puna.runtime.errors import InputError
+from puna.runtime.files import atomic_path, read_documents, write_jsonl
+from puna.runtime.manifest import Manifest, content_hash
+from puna.runtime.progress import say
+from puna.runtime.seeds import derive_seed
 
 _MAX_ANSWER_CHARACTERS = 240
 _MIN_ANSWER_CHARACTERS = 15
@@ -20,6 +28,70 @@ _CLASS_FORMS = ("What is {name}?", "What is the class {name} for?", "Explain {na
 _MODULE_FORMS = ("What is the {name} module?", "What is the module {name} for?", "What does the {name} module do?")
 _HEADING = re.compile(r"^#{1,4} +(?P<markdown>[^\n]+?) *#*$|^(?P<underlined>\S[^\n]*)\n(?:={3,}|-{3,}|~{3,})$", re.M)
 _SENTENCE = re.compile(r"[A-ZÀ-Þ\u4e00-\u9fff][^.!?。！？\n]{20,200}[.!?。！？]")
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    """Draw questions with answers from documents."""
+
+    documents: Path
+    """Documents with "text" and "id": Parquet or JSON Lines, a file or a folder of them."""
+    output: Path
+    """Folder to write to; replaced when it exists."""
+    held_out_share: float = 0.05
+    """Share of questions that are kept from training."""
+    seed: int = 0
+    """Of the choice of what is held out."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(f"held_out_share is {self.held_out_share}; it has to be between 0 and 1.")
+
+
+def main(config: QuestionsConfig) -> None:
+    """Write conversations of one question and its answer.
+
+    What questions_train.jsonl never asks about is in questions_held_out.jsonl, and what it asks about in other words
+    only in questions_reworded.jsonl.
+    """
+    inputs = {str(config.documents): content_hash(config.documents)}
+    documents = (Document(row["text"], row["id"]) for row in _checked(config.documents))
+    questions = list(_unique(question for document in documents for question in draw_questions(document)))
+    # Chosen by the answer, so that a text that answers two questions is not on both sides.
+    held_out_answers = _choose([question.answer for question in questions], config)
+    unseen = [question for question in questions if question.answer in held_out_answers]
+    seen = [question for question in questions if question.answer not in held_out_answers]
+    reworded = _choose([question.about for question in seen], config)
+    with atomic_path(config.output) as folder:
+        folder.mkdir()
+        write_jsonl(
+            folder / "questions_train.jsonl",
+            (row for q in seen for row in _conversations(q)[: -1 if q.about in reworded else None]),
+        )
+        write_jsonl(folder / "questions_held_out.jsonl", (_conversations(q)[0] for q in unseen))
+        write_jsonl(folder / "questions_reworded.jsonl", (_conversations(q)[-1] for q in seen if q.about in reworded))
+        results = {
+            "num_questions": len(questions),
+            "num_held_out_questions": len(unseen),
+            "num_reworded_questions": len(reworded),
+        }
+        Manifest("questions", to_plain(config), inputs, results).write(folder)
+    say(f"{len(questions):,} questions, {len(unseen):,} of them held out, in {config.output}")
+
+
+def _checked(path: Path) -> Iterator[dict[str, Any]]:
+    for row in read_documents(path):
+        if not (isinstance(row.get("text"), str) and isinstance(row.get("id"), str)):
+            raise InputError(f'{path}: every document needs a string "text" and "id"; one has {sorted(row)}.')
+        yield row
+
+
+def _choose(names: list[str], config: QuestionsConfig) -> set[str]:
+    """The names to hold out: those with the smallest hash, so that a new one moves no other to the other side."""
+    if not names:
+        return set()
+    by_hash = sorted(set(names), key=lambda name: derive_seed(config.seed, "hold out", name))
+    return set(by_hash[: max(1, round(len(by_hash) * config.held_out_share))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +175,25 @@ def _first_paragraph(text: str) -> str | None:
         paragraph = paragraph[: end + 1]
     has_words = sum(character.isalpha() for character in paragraph) > len(paragraph) / 2
     return paragraph if has_words and len(paragraph) >= _MIN_ANSWER_CHARACTERS else None
+
+
+def _unique(questions: Iterable[Question]) -> Iterator[Question]:
+    seen: set[str] = set()
+    for question in questions:
+        if question.about not in seen:
+            seen.add(question.about)
+            yield question
+
+
+def _conversations(question: Question) -> list[dict[str, Any]]:
+    """One conversation for each wording."""
+    return [
+        {
+            "id": f"{question.about}#{number}",
+            "messages": [
+                {"role": "user", "content": wording},
+                {"role": "assistant", "content": question.answer},
+            ],
+        }
+        for number, wording in enumerate(question.wordings)
+    ]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from puna.batches.encode import tokenize_documents
 from puna.batches.shards import TokenShards
-from puna.batches.tokenize import tokenize_documents
 from puna.config import to_plain
 from puna.evaluate.answers import answer_bits_per_byte, ask, shuffled_word_f1
 from puna.evaluate.baselines import KneserNey, gzip_bits_per_byte
@@ -18,7 +18,7 @@ from puna.infer.engine import Engine
 from puna.infer.load import EngineConfig, load_engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.errors import InputError
-from puna.runtime.files import atomic_path, read_jsonl, write_json, write_jsonl
+from puna.runtime.files import atomic_path, read_documents, read_jsonl, write_json, write_jsonl
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 
@@ -32,7 +32,7 @@ class EvaluateConfig:
     output: Path
     """Folder to write results.json, answers.jsonl and samples.jsonl to; replaced when it exists."""
     documents: Path | None = None
-    """Held-out documents: JSON Lines with "text" and "id"."""
+    """Held-out documents with "text" and "id": Parquet or JSON Lines, a file or a folder of them."""
     questions: Path | None = None
     """Held-out questions: JSON Lines with "messages", the last of them the reference answer."""
     max_questions: int = 200
@@ -93,7 +93,7 @@ def main(config: EvaluateConfig) -> None:
 
 def _evaluate_documents(engine: Engine, path: Path, config: EvaluateConfig) -> dict[str, Any]:
     tokenizer = engine.tokenizer
-    tokenized = list(tokenize_documents(tokenizer, read_jsonl(path)))
+    tokenized = list(tokenize_documents(tokenizer, read_documents(path)))
     if not tokenized:
         raise InputError(f"{path} holds no text.")
     if tokenizer.bos_id is None:
@@ -117,7 +117,7 @@ def _evaluate_documents(engine: Engine, path: Path, config: EvaluateConfig) -> d
 
 def _continue_documents(engine: Engine, path: Path, count: int) -> list[dict[str, Any]]:
     """The first lines of some documents, and how the model goes on from there."""
-    prompts = ["".join(row["text"].splitlines(keepends=True)[:12])[:400] for row in islice(read_jsonl(path), count)]
+    prompts = ["".join(row["text"].splitlines(keepends=True)[:12])[:400] for row in islice(read_documents(path), count)]
     sampling = SamplingParams(max_tokens=120, temperature=0.7, top_p=0.95, seed=0)
     completions = engine.generate([engine.encode(prompt) for prompt in prompts], sampling)
     return [

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puna.runtime.errors import InputError
+
+Value = TypeVar("Value", bool, int, float, str)
 
 SUFFIX = ".gguf"
 
@@ -113,10 +115,34 @@ class GgufFile:
     content: NDArray[np.uint8]
     """The file, memory-mapped."""
 
+    def get(self, key: str, kind: type[Value]) -> Value | None:
+        """The metadata under `key`, None where there is none.
+
+        Raises:
+            InputError: it is of another kind (a whole number is a float as well).
+        """
+        value = self.metadata.get(key)
+        if value is None or type(value) is kind:
+            return cast("Value | None", value)
+        if kind is float and type(value) is int:
+            return cast(Value, float(value))
+        shown = value if isinstance(value, bool | int | float | str) else f"a list of {len(value)}"
+        raise InputError(f"{self.path}: {key} has to be of type {kind.__name__}, not {_short(str(shown))}.")
+
     def blocks(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor, shape [blocks, bytes of a block]."""
         tensor = self.tensors[name]
         return self.content[tensor.start : tensor.start + tensor.num_bytes].reshape(-1, tensor.encoding.block_bytes)
+
+
+def gguf_path(path: Path) -> Path | None:
+    """The GGUF file at `path`: itself, or the only one in a folder; None where there is none."""
+    if path.is_dir():
+        inside = sorted(path.glob(f"*{SUFFIX}"))
+        if len(inside) > 1:
+            raise InputError(f"{path} holds {len(inside)} GGUF files; name the one that is meant.")
+        return inside[0] if inside else None
+    return path if path.suffix == SUFFIX else None
 
 
 class _Broken(ValueError):
@@ -180,8 +206,10 @@ class _Reader:
             return self.text()
         if kind is not _Kind.ARRAY:
             dtype = _DTYPE[kind]
-            number = np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
-            return bool(number) if kind is _Kind.BOOL else number
+            number = np.frombuffer(self.take(dtype.itemsize), dtype)[0]
+            if kind is _Kind.FLOAT32:
+                return float(str(number))  # 1e-05, which somebody wrote, in place of its nearest 32-bit neighbour
+            return bool(number) if kind is _Kind.BOOL else number.item()
         inner, count = self.kind(), self.unsigned(8)
         if inner is _Kind.ARRAY:
             raise _Broken("its metadata holds lists of lists")

@@ -41,7 +41,7 @@ def sentencepiece_to_library(
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     special = sorted({unknown_id, *control_ids})
     mergeable = {piece: i for piece, i in vocabulary.items() if i not in special and not is_byte_piece(piece)}
-    merges = _all_merges(mergeable, by_rank=sorted(mergeable, key=lambda piece: -scores[vocabulary[piece]]))
+    merges = all_merges(mergeable, by_rank=sorted(mergeable, key=lambda piece: -scores[vocabulary[piece]]))
     library = tokenizers.Tokenizer(
         models.BPE(
             vocab=vocabulary,
@@ -79,7 +79,7 @@ def ranks_to_library(
     """
     spell = byte_to_unicode()
     vocabulary = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = _all_merges(vocabulary, by_rank=sorted(vocabulary, key=vocabulary.__getitem__))
+    merges = all_merges(vocabulary, by_rank=sorted(vocabulary, key=vocabulary.__getitem__))
     library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     prepare_byte_level(library, pattern)
     if normalization:
@@ -153,7 +153,7 @@ def read_llama2c_tokenizer(path: Path) -> JsonTokenizer:
     return JsonTokenizer(sentencepiece_to_library(pieces, scores).to_str(), bos="<s>", eos="</s>")
 
 
-def _all_merges(vocabulary: Mapping[str, int], by_rank: Sequence[str]) -> list[tuple[str, str]]:
+def all_merges(vocabulary: Mapping[str, int], by_rank: Sequence[str]) -> list[tuple[str, str]]:
     """Every cut of every token into two tokens; best token first, of one token smallest ids first."""
     merges = []
     for token in by_rank:

@@ -6,7 +6,10 @@ from typing import Any
 
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_json
+from puna.runtime.gguf_file import SUFFIX as GGUF_SUFFIX
+from puna.runtime.gguf_file import gguf_path
 from puna.tokenizer.base import Tokenizer
+from puna.tokenizer.gguf import read_gguf_tokenizer
 from puna.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from puna.tokenizer.tiktoken_ranks import TiktokenTokenizer, parse_ranks
 from puna.tokenizer.tokenizer_json import JsonTokenizer
@@ -16,7 +19,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load a vocabulary file or a model directory.
 
     In a directory tokenizer.json is preferred, then tokenizer.model (SentencePiece or tiktoken, told apart by
-    content), then *.tiktoken. The files beside it are heeded: tokenizer_config.json (names of BOS, EOS and
+    content), then *.tiktoken, then *.gguf. The files beside it are heeded: tokenizer_config.json (names of BOS, EOS and
     padding, chat template, special tokens of a ranks file), chat_template.jinja, generation_config.json
     (further stop ids).
 
@@ -24,6 +27,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         InputError: there is no vocabulary, or a file is broken.
     """
     file = _vocabulary_file(path)
+    if file.suffix == GGUF_SUFFIX:
+        return read_gguf_tokenizer(file)
     config = _read_dict(file.parent / "tokenizer_config.json")
     names = {role: _token_name(config.get(f"{role}_token")) for role in ("bos", "eos", "pad")}
     content = file.read_bytes()
@@ -51,6 +56,7 @@ def _vocabulary_file(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(f"{path} does not exist; a tokenizer is a file or a model directory.")
     candidates = [path / "tokenizer.json", path / "tokenizer.model", *sorted(path.glob("*.tiktoken"))]
+    candidates += filter(None, [gguf_path(path)])
     for candidate in candidates:
         if candidate.is_file():
             return candidate

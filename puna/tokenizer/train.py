@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from puna.config import to_plain
 from puna.runtime.errors import InputError
-from puna.runtime.files import atomic_path, read_jsonl
+from puna.runtime.files import atomic_path, document_files, read_documents
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer, well_formed
@@ -48,7 +48,7 @@ class TokenizerConfig:
     """What `puna tokenizer` does."""
 
     documents: Path
-    """A .jsonl or .jsonl.gz file with a "text" field in each line, or a folder of such files."""
+    """A Parquet or JSON Lines file with a "text" in each row, or a folder of such files."""
 
     output: Path
     """Directory to write the tokenizer to; replaced as a whole when training has succeeded."""
@@ -74,7 +74,7 @@ def main(config: TokenizerConfig) -> None:
     Raises:
         InputError: no or broken documents, or too little text for the vocabulary.
     """
-    files = _document_files(config.documents)
+    files = document_files(config.documents)
     train = train_byte_level_bpe if config.kind == "byte_level_bpe" else train_sentencepiece_bpe
     documents = enumerate(_read_documents(files, config.sample_bytes))
     with atomic_path(config.output) as directory:
@@ -223,17 +223,6 @@ def _lines(texts: Iterable[str], failures: list[Exception]) -> Iterator[str]:
         raise
 
 
-def _document_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise InputError(f"{path} does not exist; `documents` names a .jsonl file or a folder of them.")
-    if path.is_file():
-        return [path]
-    files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in path.rglob(pattern))
-    if not files:
-        raise InputError(f"{path} holds no .jsonl or .jsonl.gz file.")
-    return files
-
-
 def _read_documents(files: list[Path], sample_bytes: int) -> Iterator[str]:
     for file in files:
         left = sample_bytes // len(files)
@@ -246,7 +235,7 @@ def _read_documents(files: list[Path], sample_bytes: int) -> Iterator[str]:
 
 
 def _texts(file: Path) -> Iterator[str]:
-    for number, document in enumerate(read_jsonl(file), start=1):
+    for number, document in enumerate(read_documents(file), start=1):
         text = document.get("text")
         if not isinstance(text, str):
             raise InputError(f'{file}, line {number}: there is no "text" field that holds a string.')

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from puna.batches.mixture import MixedRows
 from puna.batches.packing import PackedRows
 from puna.model.accounting import training_flops_per_token
 from puna.model.transformer import Transformer
@@ -64,7 +65,7 @@ class TrainResult:
 
 def fit(
     model: Transformer,
-    rows: PackedRows,
+    rows: PackedRows | MixedRows,
     loss: Loss,
     config: TrainConfig,
     output: Path,

@@ -7,10 +7,11 @@ import pytest
 
 from puna.curate.document import Document, Rejected
 from puna.curate.main import CurateConfig, main
-from puna.curate.questions import draw_questions
+from puna.curate.questions import QuestionsConfig, draw_questions
+from puna.curate.questions import main as write_questions
 from puna.curate.readers import read_folder, read_python_library
 from puna.runtime.errors import InputError
-from puna.runtime.files import read_jsonl
+from puna.runtime.files import read_documents, read_jsonl
 from puna.runtime.manifest import Manifest
 
 SOURCE = '''"""Tools for llamas.
@@ -89,40 +90,55 @@ def test_the_library_is_read_without_its_tests() -> None:
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for name in ids)
 
 
-def test_main_holds_out_and_counts(tmp_path: Path) -> None:
-    source = tmp_path / "raw"
+def test_a_folder_becomes_documents_and_questions(tmp_path: Path) -> None:
+    """The two commands of the quickstart, with nothing set."""
+    source, out, questions = tmp_path / "raw", tmp_path / "out", tmp_path / "questions"
     source.mkdir()
     for n in range(20):
         (source / f"m{n}.py").write_text(SOURCE.replace("one llama.", f"llama number {n}."))
-    (source / "copy.py").write_text((source / "m3.py").read_text())
+    (source / "zz_copy.py").write_text((source / "m3.py").read_text())
     (source / "image.png").write_bytes(b"\x89PNG\0")
-    main(CurateConfig(source=str(source), output=tmp_path / "out", held_out_share=0.1))
-    out = tmp_path / "out"
-    train, held = ([row["id"] for row in read_jsonl(out / name)] for name in ("train.jsonl", "held_out.jsonl"))
-    assert (len(train), len(held)) == (18, 2)
-    assert not set(train) & set(held)
+    main(CurateConfig(source=str(source), output=out, held_out_share=0.1, workers=1))
+    train, held = ([row["id"] for row in read_documents(out / name)] for name in ("documents", "held_out"))
+    assert len(train) + len(held) == 20
+    assert train
+    assert held
+    assert {row["source"] for row in read_documents(out / "documents")} == {"raw"}
+    results = Manifest.read(out).results
+    assert results["rejected"] == {"binary": 1, "same text as an earlier document": 1}
+    assert (results["num_documents"], results["num_held_out_documents"]) == (20, len(held))
+    assert list(Manifest.read(out).inputs) == [str(source)]
+
+    write_questions(QuestionsConfig(documents=out / "documents", output=questions, held_out_share=0.1))
 
     def answers(name: str) -> set[str]:
-        return {row["messages"][1]["content"] for row in read_jsonl(out / name)}
+        return {row["messages"][1]["content"] for row in read_jsonl(questions / name)}
 
     assert not answers("questions_train.jsonl") & answers("questions_held_out.jsonl")
     assert answers("questions_reworded.jsonl") <= answers("questions_train.jsonl")
 
     def asked(name: str) -> set[str]:
-        return {row["messages"][0]["content"] for row in read_jsonl(out / name)}
+        return {row["messages"][0]["content"] for row in read_jsonl(questions / name)}
 
     assert asked("questions_reworded.jsonl")
     assert not asked("questions_reworded.jsonl") & asked("questions_train.jsonl")
-    results = Manifest.read(out).results
-    assert results["rejected"] == {"binary": 1, "same text as another file": 1}
-    assert results["num_questions"] == 80
-    first = json.loads((out / "questions_train.jsonl").read_text().splitlines()[0])
+    assert Manifest.read(questions).results["num_questions"] == 4 * len(train)
+    first = json.loads((questions / "questions_train.jsonl").read_text().splitlines()[0])
     assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
 
     again = tmp_path / "again"
-    main(CurateConfig(source=str(source), output=again, held_out_share=0.1))
-    for file in ("train.jsonl", "held_out.jsonl", "questions_train.jsonl", "questions_held_out.jsonl"):
-        assert (again / file).read_bytes() == (out / file).read_bytes()
+    write_questions(QuestionsConfig(documents=out / "documents", output=again, held_out_share=0.1))
+    for file in questions.glob("*.jsonl"):
+        assert (again / file.name).read_bytes() == file.read_bytes()
+
+
+def test_questions_need_texts(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "one"}')
+    with pytest.raises(InputError, match="needs a string"):
+        write_questions(QuestionsConfig(documents=tmp_path / "d.jsonl", output=tmp_path / "out"))
+    (tmp_path / "d.jsonl").write_text("")
+    write_questions(QuestionsConfig(documents=tmp_path / "d.jsonl", output=tmp_path / "out"))
+    assert Manifest.read(tmp_path / "out").results["num_questions"] == 0
 
 
 def test_an_unusable_folder_is_explained_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -130,7 +146,7 @@ def test_an_unusable_folder_is_explained_and_nothing_is_lost(tmp_path: Path) -> 
     source.mkdir()
     out.mkdir()
     (out / "old").touch()
-    with pytest.raises(InputError, match=r"0 usable text file.*there is no file"):
+    with pytest.raises(InputError, match=r"0 usable document.*there is no document"):
         main(CurateConfig(source=str(source), output=out))
     (source / "a").write_bytes(b"\0")
     with pytest.raises(InputError, match="1 binary"):

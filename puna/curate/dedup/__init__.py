@@ -1,0 +1,1 @@
+"""Deduplication of every kind, and decontamination."""
