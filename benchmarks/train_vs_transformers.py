@@ -36,6 +36,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rows": 8,
         "row_length": 512,
     },
+    # The same model on rows as long as Llama 1's.
+    "pretraining, 5M, 4k vocabulary, long rows": {
+        "model": {
+            "vocab_size": 4096,
+            "dim": 224,
+            "num_layers": 5,
+            "num_heads": 7,
+            "num_kv_heads": 7,
+            "head_dim": 32,
+            "hidden_dim": 608,
+        },
+        "rows": 2,
+        "row_length": 2048,
+    },
     # Pretraining rows for the 15M model of llama2.c with the Llama 2 vocabulary.
     "pretraining, 15M, 32k vocabulary": {
         "model": {
