@@ -417,7 +417,7 @@ def growth(folder: Path, sizes: Iterable[float]) -> Iterator[dict[str, Any]]:
         this = (num_bytes / 1e6 / measured["seconds"], measured["peak"] / 1e6)
         first = first or this
         yield figure(f"growth, {megabytes} MB: speed, beside the smallest corpus", this[0], first[0], "MB/s")
-        yield figure(f"growth, {megabytes} MB: peak memory, beside the smallest corpus", this[1], first[1], "MB")
+        yield figure(f"growth, {megabytes} MB: peak memory, beside the smallest corpus", this[1], first[1], "MB", less_is_better=True)
         subprocess.run(["rm", "-r", str(corpus), str(output)], check=True)
 
 
@@ -428,10 +428,11 @@ def warm_up(folder: Path) -> Path:
     return corpus
 
 
-def figure(name: str, ours: float, theirs: float, unit: str) -> dict[str, Any]:
+def figure(name: str, ours: float, theirs: float, unit: str, less_is_better: bool = False) -> dict[str, Any]:
     from train_vs_transformers import hardware
 
-    ratio = round(ours / theirs, 3) if theirs else None
+    better, worse = (theirs, ours) if less_is_better else (ours, theirs)
+    ratio = round(better / worse, 3) if worse else None
     return {
         "name": f"curation, {name}",
         "ours": round(ours, 4),
@@ -458,7 +459,7 @@ def benchmark(folder: Path, megabytes: float) -> Iterator[dict[str, Any]]:
     yield figure(f"{size} end to end", documents / ours["seconds"], documents / theirs["seconds"], "documents/s")
     megabytes_of = num_bytes / 1e6
     yield figure(f"{size} end to end", megabytes_of / ours["seconds"], megabytes_of / theirs["seconds"], "MB/s")
-    yield figure("peak memory of all processes", ours["peak"] / 1e6, theirs["peak"] / 1e6, "MB")
+    yield figure("peak memory of all processes", ours["peak"] / 1e6, theirs["peak"] / 1e6, "MB", less_is_better=True)
     for name, our_value, their_value, unit in compare(our_result(folder / "ours"), their_result(folder / "theirs")):
         yield figure(name, our_value, their_value, unit)
 
