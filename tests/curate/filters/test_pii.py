@@ -127,6 +127,6 @@ def test_wrong_settings() -> None:
 
 def test_five_megabytes_on_one_line_take_bounded_time(table: Callable[..., pa.Table]) -> None:
     documents = table(["a" * 5_000_000, "a." * 2_500_000 + "@" + "a." * 1000, "1:" * 1_000_000])
-    start = time.perf_counter()
+    start = time.process_time()
     PII()(documents)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30

@@ -16,7 +16,10 @@ Split = Callable[[str], list[str]]
 
 def kind(character: str) -> str:
     category = unicodedata.category(character)
-    if category in ("Lo", "Lm", "Nl") and unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA")):
+    scripts = ("CJK", "IDEOGRAPHIC", "HANGZHOU", "VERTICAL KANA", "BOPOMOFO")
+    kana = ("HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "HENTAIGANA")
+    name = unicodedata.name(character, "")
+    if category in ("Lo", "Lm", "Nl") and (name.startswith(scripts + kana) or character in "〻〼ー"):
         return "ideograph"
     if character == "\u200b" or (category[0] in "ZC" and category != "Cf"):
         return "space"
