@@ -417,7 +417,13 @@ def growth(folder: Path, sizes: Iterable[float]) -> Iterator[dict[str, Any]]:
         this = (num_bytes / 1e6 / measured["seconds"], measured["peak"] / 1e6)
         first = first or this
         yield figure(f"growth, {megabytes} MB: speed, beside the smallest corpus", this[0], first[0], "MB/s")
-        yield figure(f"growth, {megabytes} MB: peak memory, beside the smallest corpus", this[1], first[1], "MB", less_is_better=True)
+        yield figure(
+            f"growth, {megabytes} MB: peak memory, beside the smallest corpus",
+            this[1],
+            first[1],
+            "MB",
+            less_is_better=True,
+        )
         subprocess.run(["rm", "-r", str(corpus), str(output)], check=True)
 
 

@@ -1,75 +1,100 @@
-"""The engine: sequences share forwards, joining and leaving the batch between steps.
+"""The engine: requests share forwards and cache, joining and leaving the batch between steps.
 
-Shapes: B rows, T tokens, D model dimension, V vocabulary, N rows that asked for log-probabilities.
+Shapes: R rows that are sampled, V vocabulary.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from collections.abc import Sequence as SequenceOf
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from puna.infer.cache import CachedAttend, KVCache
-from puna.infer.sampling import Sampler, SamplingParams
-from puna.infer.sequence import Completion, Delta, Sequence, TokenLogprob, open_decoder
-from puna.model.transformer import Linear, Transformer
+from puna.infer.blocks import BlockManager
+from puna.infer.cache import KVPool
+from puna.infer.config import EngineConfig
+from puna.infer.request import Completion, Delta, Request, TokenLogprob, open_decoder
+from puna.infer.runner import ModelRunner, report
+from puna.infer.sampling import Penalties, Sampler, SamplingParams
+from puna.infer.scheduler import Scheduler
+from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
 
 DEFAULT_MAX_CONTEXT = 4096
 
+_INVARIANT_CHUNK_BLOCKS = 4
+"""Blocks in a piece of a prompt in batch-invariant mode."""
+
 
 class Engine:
-    """Generates for up to `max_rows` sequences at once; further ones wait for a free row, first come, first served.
+    """Generates for up to `max_rows` sequences at once; further ones wait for their turn.
 
     One thread at a time may use an engine; `encode`, `check` and `stop_ids`, which only read, are free for all.
 
     Args:
         model: loaded, on the device where it shall compute, in the dtype in which it shall.
         tokenizer: the model's own.
-        max_rows: how many sequences run at once. Each row takes `max_context` slots of the cache from the start.
-        max_context: longest prompt and answer together, in tokens. Where absent the model's own context, but no
-            more than `DEFAULT_MAX_CONTEXT`, as few who load a model meant for 131,072 tokens have the memory for it.
+        config: how much at once. Where and in what precision it computes is the model's affair here (`load_engine`).
 
     Raises:
         InputError: the model and the tokenizer or the context do not fit together, or the memory is too small.
 
     Example:
-        engine = Engine(load_model(path), load_tokenizer(path))
+        engine = Engine(load_model(path), load_tokenizer(path), EngineConfig(max_rows=4))
         [completion] = engine.generate([engine.encode("Once upon a time")], SamplingParams(temperature=0))
     """
 
-    def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, max_rows: int = 8, max_context: int | None = None
-    ) -> None:
-        config = model.config
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
+        limits = config or EngineConfig()
+        shape = model.config
+        max_context = limits.max_context
         if max_context is None:
-            max_context = min(config.context_length, DEFAULT_MAX_CONTEXT)
-        if max_rows < 1:
-            raise InputError(f"max_rows is {max_rows}; the engine needs at least 1.")
-        if not 2 <= max_context <= config.context_length:
+            max_context = min(shape.context_length, DEFAULT_MAX_CONTEXT)
+        if not 2 <= max_context <= shape.context_length:
             raise InputError(
-                f"max_context is {max_context}, but it has to be at least 2 and at most the {config.context_length} "
+                f"max_context is {max_context}, but it has to be at least 2 and at most the {shape.context_length} "
                 "tokens that the model is meant for."
             )
-        if tokenizer.vocab_size > config.vocab_size:
+        if tokenizer.vocab_size > shape.vocab_size:
             raise InputError(
-                f"The tokenizer has {tokenizer.vocab_size} ids and the model only {config.vocab_size}: they do not "
+                f"The tokenizer has {tokenizer.vocab_size} ids and the model only {shape.vocab_size}: they do not "
                 "belong together. Use the tokenizer that the model was trained with."
             )
+        cache_tokens = limits.max_rows * max_context if limits.cache_tokens is None else limits.cache_tokens
+        if cache_tokens < max_context:
+            raise InputError(
+                f"cache_tokens is {cache_tokens}, but one text alone may take {max_context} (max_context). Raise the "
+                "one, or lower the other."
+            )
         self.tokenizer = tokenizer
-        self.max_rows = max_rows
-        self.max_context = max_context
         self.model = model
+        self.max_rows = limits.max_rows
+        self.max_context = max_context
         self._device = model.embedding.weight.device
         dtype = model.compute_dtype or model.embedding.weight.dtype
-        self._cache = KVCache(config, rows=max_rows, slots=max_context, device=self._device, dtype=dtype)
-        self._waiting: deque[Sequence] = deque()
-        self._active: list[Sequence] = []  # the i-th owns row i of the cache
-        self._sampler: Sampler | None = None  # of exactly the active sequences
+        size = limits.block_size
+        # A text's last block may be partly empty.
+        num_blocks = -(-cache_tokens // size) + (limits.max_rows if limits.cache_tokens is None else 1)
+        chunk = _INVARIANT_CHUNK_BLOCKS * size if limits.batch_invariant else None
+        blocks = BlockManager(
+            num_blocks, size, share=limits.prefix_cache, share_step=chunk or 1, share_answers=chunk is None
+        )
+        self.scheduler = Scheduler(
+            blocks,
+            max_rows=limits.max_rows,
+            step_tokens=limits.step_tokens,
+            chunk=chunk,
+            overcommit=limits.overcommit,
+        )
+        pool = KVPool(shape, num_blocks=num_blocks, block_size=size, device=self._device, dtype=dtype)
+        self._runner = ModelRunner(model, pool, max_rows=limits.max_rows, max_context=max_context, chunk=chunk)
+        self._weight_version = 0
+        self._penalties: dict[Request, Penalties] = {}
+        self._sampled: list[Request] = []
+        self._sampler = Sampler([], self._device)  # for exactly those
         # Rows of a padded embedding, and holes in the vocabulary, stand for no text and are never chosen.
-        absent = [i for i in range(config.vocab_size) if not _is_token(tokenizer, i)]
+        absent = [i for i in range(shape.vocab_size) if not _is_token(tokenizer, i)]
         self._absent_ids = torch.tensor(absent, device=self._device) if absent else None
 
     def encode(self, text: str) -> list[int]:
@@ -82,78 +107,116 @@ class Engine:
         own = frozenset(params.stop_ids)
         return own if params.ignore_eos else own | self.tokenizer.stop_ids
 
-    def check(self, prompt_ids: SequenceOf[int]) -> None:
+    def check(self, prompt_ids: SequenceOf[int], params: SamplingParams | None = None) -> None:
         """See whether a prompt can be submitted.
 
         Raises:
-            InputError: it is empty, holds an id that is no token, or leaves no room for an answer.
+            InputError: it is empty, holds an id that is no token, or leaves no room for an answer; or see
+                `check_params`.
         """
+        if params is not None:
+            self.check_params(params)
         if not prompt_ids:
             raise InputError("The prompt is empty; the model needs at least one token to go on from.")
-        if len(prompt_ids) >= self.max_context:
+        room = self.max_context - len(prompt_ids)
+        if room < 0 or (room == 0 and not (params is not None and params.max_tokens == 0)):
             raise InputError(
                 f"The prompt has {len(prompt_ids)} tokens, but the context holds {self.max_context}, the answer "
                 "included. Shorten the prompt, or open the engine with a longer context."
             )
-        if wrong := [i for i in prompt_ids if not _is_token(self.tokenizer, i)]:
+        self._check_ids(prompt_ids)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """See whether parameters suit this model.
+
+        Raises:
+            InputError: they put a bias on an id that is no token.
+        """
+        self._check_ids([token_id for token_id, _ in params.logit_bias])
+
+    def _check_ids(self, ids: SequenceOf[int]) -> None:
+        if wrong := [i for i in ids if not _is_token(self.tokenizer, i)]:
             raise InputError(
                 f"{wrong[0]} is not a token of this model, whose ids end at {self.tokenizer.vocab_size - 1}."
             )
 
-    def submit(self, prompt_ids: SequenceOf[int], params: SamplingParams, *, new_text: bool = False) -> Sequence:
+    def submit(
+        self,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        new_text: bool = False,
+        priority: int = 0,
+    ) -> Request:
         """Queue a prompt; `step` does the rest.
 
         Args:
             new_text: the answer is a text of its own (a chat's turn), not the prompt's continuation.
+            priority: who goes first when not all can; greater is sooner.
 
         Raises:
             InputError: see `check`.
         """
-        self.check(prompt_ids)
+        self.check(prompt_ids, params)
         room = self.max_context - len(prompt_ids)
-        sequence = Sequence(
-            tuple(prompt_ids),
-            params,
+        request = Request(
+            tokens=list(prompt_ids),
+            num_prompt=len(prompt_ids),
             max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            priority=priority,
+            namespace=self._namespace,
+            reads_cache=params.prompt_logprobs is None,
+            params=params,
             stop_ids=self.stop_ids(params),
             decoder=open_decoder(self.tokenizer, prompt_ids, new_text=new_text),
         )
-        self._waiting.append(sequence)
-        return sequence
+        if params.adjusts:
+            self._penalties[request] = Penalties(
+                params, prompt_ids, [], vocab_size=self.model.config.vocab_size, device=self._device
+            )
+        self.scheduler.add(request)
+        return request
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Give a sequence up and free its row; does nothing to a finished one."""
-        if sequence.finish_reason is not None:
-            return
-        sequence.finish("cancelled")
-        if sequence in self._active:
-            self._release(sequence)
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
+    def cancel(self, request: Request) -> None:
+        """Give a request up and free what it holds; does nothing to a finished one."""
+        if request.finish_reason is None:
+            request.finish("cancelled")
+            self._release(request)
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
-        return not self._active and not self._waiting
+        return self.scheduler.idle
 
     @torch.inference_mode()
-    def step(self) -> list[Sequence]:
-        """Admit what fits, then advance every running sequence by one token.
+    def step(self) -> list[Request]:
+        """Admit what fits, then advance what runs, decoding sequences by a token.
 
-        Returns the sequences with new text or an end, for `Sequence.take`.
+        Returns the requests with new text or an end, for `Request.take`.
         """
-        stepped = []
-        while self._waiting and len(self._active) < self.max_rows:
-            stepped += self._prefill()
-        if self._active:
-            stepped += self._decode()
-        return [sequence for sequence in dict.fromkeys(stepped) if sequence.has_news]
+        plan = self.scheduler.plan()
+        if not plan:
+            return []
+        sampled, logits_RV = self._runner.run(plan)
+        for sequence, num_tokens in plan.items():
+            self.scheduler.advance(sequence, num_tokens)
+        read = [request for request in sampled if request.max_tokens == 0]
+        for request in read:
+            request.finish("length")
+            self._release(request)
+        if read:
+            kept = [i for i, request in enumerate(sampled) if request.max_tokens]
+            sampled, logits_RV = [sampled[i] for i in kept], logits_RV[kept]
+        if sampled:
+            self._append(sampled, logits_RV)
+        return [request for request in (*read, *sampled) if request.has_news]
 
     def generate(
         self,
         prompts: SequenceOf[SequenceOf[int]],
         params: SamplingParams | SequenceOf[SamplingParams],
         *,
+        new_text: bool = False,
         finished: Callable[[], object] = lambda: None,
     ) -> list[Completion]:
         """Complete every prompt, in the order given.
@@ -161,29 +224,30 @@ class Engine:
         Args:
             prompts: ids of each, BOS included where the model wants one (`encode`).
             params: for all, or one for each.
+            new_text: the answers are texts of their own (a chat's turns), not the prompts' continuations.
             finished: called once for each prompt that is done, for showing progress.
 
         Raises:
             InputError: a prompt cannot be submitted (the message says which); nothing was generated then.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        sequences = []
+        requests = []
         try:
             for i, (prompt_ids, own) in enumerate(zip(prompts, each, strict=True)):
                 try:
-                    sequences.append(self.submit(prompt_ids, own))
+                    requests.append(self.submit(prompt_ids, own, new_text=new_text))
                 except InputError as error:
                     raise InputError(f"Prompt {i + 1} of {len(prompts)}: {error}") from error
-            pending = set(sequences)
+            pending = set(requests)
             while pending:
-                for sequence in self.step():
-                    if sequence.finish_reason is not None and sequence in pending:
-                        pending.remove(sequence)
+                for request in self.step():
+                    if request.finish_reason is not None and request in pending:
+                        pending.remove(request)
                         finished()
         finally:
-            for sequence in sequences:
-                self.cancel(sequence)
-        return [sequence.completion() for sequence in sequences]
+            for request in requests:
+                self.cancel(request)
+        return [request.completion() for request in requests]
 
     def stream(
         self, prompt_ids: SequenceOf[int], params: SamplingParams, *, new_text: bool = False
@@ -193,94 +257,64 @@ class Engine:
         Raises:
             InputError: see `check`.
         """
-        self.check(prompt_ids)
+        self.check(prompt_ids, params)
         return self._follow(prompt_ids, params, new_text)
 
     def _follow(
         self, prompt_ids: SequenceOf[int], params: SamplingParams, new_text: bool
     ) -> Generator[Delta, None, None]:
-        sequence = self.submit(prompt_ids, params, new_text=new_text)
+        request = self.submit(prompt_ids, params, new_text=new_text)
         try:
-            while sequence.finish_reason is None:
+            while request.finish_reason is None:
                 self.step()
-                if sequence.has_news:
-                    yield sequence.take()
+                if request.has_news:
+                    yield request.take()
         finally:
-            self.cancel(sequence)
+            self.cancel(request)
 
-    def _prefill(self) -> list[Sequence]:
-        """Admit the longest run of waiting sequences whose padding does not outweigh their prompts."""
-        free = self.max_rows - len(self._active)
-        admitted: list[Sequence] = []
-        longest = total = 0
-        while self._waiting and len(admitted) < free:
-            length = len(self._waiting[0].prompt_ids)
-            longest, total = max(longest, length), total + length
-            if longest * (len(admitted) + 1) > 2 * total:
-                break
-            admitted.append(self._waiting.popleft())
-        rows = [list(s.prompt_ids) for s in admitted]
-        longest = max(map(len, rows))
-        last_B = torch.tensor([len(row) - 1 for row in rows], device=self._device)
-        ids_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self._device)
-        attend = CachedAttend(self._cache, len(self._active), [0] * len(rows), longest)
+    @property
+    def _namespace(self) -> Hashable:
+        return (self._weight_version,)
 
-        def last_logits(h_BTD: Tensor, output: Linear) -> Tensor:
-            picked_BV: Tensor = output(h_BTD[torch.arange(len(rows), device=self._device), last_B])
-            return picked_BV
+    def _append(self, sampled: list[Request], logits_RV: Tensor) -> None:
+        """Choose each request's next token, and let those go that it finishes."""
+        if sampled != self._sampled:
+            self._sampled, self._sampler = sampled, Sampler([r.params for r in sampled], self._device)
+        allowed_RV = self._allowed(sampled, logits_RV)
+        chosen = self._sampler(allowed_RV, [request.draw() for request in sampled]).tolist()
+        logprobs = _logprobs(sampled, logits_RV, chosen)
+        for i, (request, token_id) in enumerate(zip(sampled, chosen, strict=True)):
+            if request in self._penalties:
+                self._penalties[request].note(token_id)
+            request.append(token_id, logprobs.get(i))
+            if request.finish_reason is not None:
+                self._release(request)
 
-        logits_BV = self.model(ids_BT, attend.positions_BT, attend, last_logits)
-        self._active += admitted
-        self._sampler = None
-        self._append(admitted, Sampler([s.params for s in admitted], self._device), logits_BV)
-        return admitted
-
-    def _decode(self) -> list[Sequence]:
-        running = list(self._active)
-        ids_BT = torch.tensor([[s.ids[-1]] for s in running], device=self._device)
-        attend = CachedAttend(self._cache, 0, [s.length - 1 for s in running], 1)
-        logits_BV = self.model(ids_BT, attend.positions_BT, attend)[:, 0]
-        if self._sampler is None:
-            self._sampler = Sampler([s.params for s in running], self._device)
-        self._append(running, self._sampler, logits_BV)
-        return running
-
-    def _append(self, sequences: list[Sequence], sampler: Sampler, logits_BV: Tensor) -> None:
-        """Choose each sequence's next token, and let those go that it finishes."""
-        allowed_BV = logits_BV
+    def _allowed(self, sampled: list[Request], logits_RV: Tensor) -> Tensor:
+        """The logits after biases and penalties, minus infinity where a token is out of the question."""
+        allowed_RV = logits_RV
         if self._absent_ids is not None:
-            allowed_BV = logits_BV.index_fill(1, self._absent_ids, -torch.inf)
-        chosen_B = sampler(allowed_BV, [s.draw() for s in sequences])
-        logprobs = _logprobs(sequences, logits_BV, chosen_B)
-        for i, (sequence, token_id) in enumerate(zip(sequences, chosen_B.tolist(), strict=True)):
-            sequence.append(token_id, logprobs.get(i))
-            if sequence.finish_reason is not None:
-                self._release(sequence)
+            allowed_RV = allowed_RV.index_fill(1, self._absent_ids, -torch.inf)
+        adjusting = [i for i, request in enumerate(sampled) if request in self._penalties] if self._penalties else []
+        if adjusting:
+            allowed_RV = allowed_RV.float() if allowed_RV is not logits_RV else logits_RV.float().clone()
+            for i in adjusting:
+                allowed_RV[i] = self._penalties[sampled[i]].adjusted(allowed_RV[i])
+        return allowed_RV
 
-    def _release(self, sequence: Sequence) -> None:
-        """Free the row of `sequence`; the last row's owner moves there, so that active rows stay side by side."""
-        row = self._active.index(sequence)
-        last = self._active.pop()
-        if last is not sequence:
-            self._cache.move(len(self._active), row, last.length)
-            self._active[row] = last
-        self._sampler = None
+    def _release(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        self._penalties.pop(request, None)
 
 
-def _logprobs(sequences: list[Sequence], logits_BV: Tensor, chosen_B: Tensor) -> dict[int, TokenLogprob]:
+def _logprobs(sampled: list[Request], logits_RV: Tensor, chosen: list[int]) -> dict[int, TokenLogprob]:
     """Row -> what its parameters ask to report."""
-    asking = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
+    asking = [i for i, request in enumerate(sampled) if request.params.logprobs is not None]
     if not asking:
         return {}
-    logprobs_NV = logits_BV[asking].float().log_softmax(dim=-1)
-    chosen_N = logprobs_NV.gather(1, chosen_B[asking, None]).squeeze(1).tolist()
-    most = max(sequences[i].params.logprobs or 0 for i in asking)
-    best_N, ids_N = (part.tolist() for part in logprobs_NV.topk(min(most, logprobs_NV.shape[1])))
-    reports = {}
-    for n, i in enumerate(asking):
-        top = tuple(zip(ids_N[n], best_N[n], strict=True))[: sequences[i].params.logprobs]
-        reports[i] = TokenLogprob(int(chosen_B[i]), chosen_N[n], top)
-    return reports
+    counts = [cast(int, sampled[i].params.logprobs) for i in asking]
+    rows = logits_RV if len(asking) == len(sampled) else logits_RV[asking]
+    return dict(zip(asking, report(rows, [chosen[i] for i in asking], counts), strict=True))
 
 
 def _is_token(tokenizer: Tokenizer, token_id: int) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from puna.infer.load import EngineConfig, load_engine
+from puna.infer.request import Completion
 from puna.infer.sampling import SamplingParams
-from puna.infer.sequence import Completion
 from puna.runtime.errors import InputError
 from puna.runtime.progress import progress
 

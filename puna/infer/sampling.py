@@ -3,6 +3,7 @@
 Shapes: B rows, V vocabulary; a 1 in place of a letter broadcasts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ _USUAL_CANDIDATES = 256
 class SamplingParams:
     """How a text goes on, and when it ends.
 
-    The filters work in this order, the order and definitions of `transformers`: temperature, top-k, top-p, min-p.
+    First come the logit bias and the penalties, then the filters in this order, the order and definitions of
+    `transformers`: temperature, top-k, top-p, min-p.
     """
 
     max_tokens: int | None = 512
-    """Most tokens to generate; where absent, the context's end is the limit."""
+    """Most tokens to generate; where absent, the context's end is the limit. 0 only reads the prompt, for the
+    log-probabilities of its tokens."""
     temperature: float = 1.0
     """Logits are divided by it; 0 always takes the likeliest token (the lowest id of several)."""
     top_k: int = 0
@@ -32,6 +35,15 @@ class SamplingParams:
     last of them; 1 keeps all."""
     min_p: float = 0.0
     """Of those, keep tokens at least this fraction as likely as the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that occur in the prompt or the answer are divided by it where positive, multiplied where
+    negative (Keskar et al. 2019, arXiv:1909.05858, section 4.1); 1 leaves them alone."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that occur in the answer."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens once for each time that they occur in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and what is added to its logit; -100 as good as forbids a token."""
     seed: int | None = None
     """Makes the choice repeatable: equal prompt, parameters and seed give equal tokens. Fresh where absent."""
     stop: tuple[str, ...] = ()
@@ -43,19 +55,80 @@ class SamplingParams:
     logprobs: int | None = None
     """Report each token's log-probability under the model, before temperature and filters, and those of this many
     likeliest tokens; nothing where absent."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, from the second on; they are then computed even if they are in the cache."""
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, rule: str) -> None:
             if not fine:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it has to be {rule}.")
 
-        check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or absent")
+        check("max_tokens", self.max_tokens is None or self.max_tokens >= 0, "at least 0, or absent")
         check("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number")
         check("top_k", self.top_k >= 0, "at least 1, or 0 to keep all")
         check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        check("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a positive number")
+        check("presence_penalty", math.isfinite(self.presence_penalty), "a number")
+        check("frequency_penalty", math.isfinite(self.frequency_penalty), "a number")
+        finite = all(math.isfinite(bias) for _, bias in self.logit_bias)
+        check("logit_bias", finite, "pairs of a token id and a finite number")
         check("stop", all(self.stop) and not isinstance(self.stop, str), "a tuple of strings, none of them empty")
-        check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or absent")
+        for name in ("logprobs", "prompt_logprobs"):
+            check(name, getattr(self, name) is None or getattr(self, name) >= 0, "at least 0, or absent")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether there is a bias or a penalty."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias)
+
+
+class Penalties:
+    """Logit bias and penalties of one answer, and the occurrences that they depend on.
+
+    Args:
+        params: says how much.
+        prompt_ids: the prompt, and `ids` what of the answer there is already.
+        vocab_size: logits in a row.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        ids: Sequence[int],
+        *,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        def tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self._params = params
+        self._counts_V = tensor(ids, torch.int64).bincount(minlength=vocab_size).float()
+        self._seen_V = self._counts_V > 0
+        self._seen_V[tensor(prompt_ids, torch.int64)] = True
+        self._biased_ids = tensor([token_id for token_id, _ in params.logit_bias], torch.int64)
+        self._biases = tensor([bias for _, bias in params.logit_bias], torch.float32)
+
+    def note(self, token_id: int) -> None:
+        """Count one more token of the answer."""
+        self._counts_V[token_id] += 1
+        self._seen_V[token_id] = True
+
+    def adjusted(self, logits_V: Tensor) -> Tensor:
+        """The logits after bias and penalties."""
+        params = self._params
+        adjusted_V = logits_V.float().index_add(0, self._biased_ids, self._biases)
+        if params.repetition_penalty != 1:
+            factor_V = torch.where(adjusted_V > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+            adjusted_V = torch.where(self._seen_V, adjusted_V * factor_V, adjusted_V)
+        if params.frequency_penalty:
+            adjusted_V = adjusted_V - params.frequency_penalty * self._counts_V
+        if params.presence_penalty:
+            adjusted_V = adjusted_V - params.presence_penalty * (self._counts_V > 0)
+        return adjusted_V
 
 
 class Sampler:

@@ -1,141 +1,72 @@
-"""One request on its way through the engine: integers and text, no tensors."""
+"""One sequence of tokens on its way through the engine, in integers alone: what the deciders look at."""
 
-import random
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
-
-from puna.infer.sampling import SamplingParams
-from puna.infer.stopping import StopStrings
-from puna.tokenizer.base import Tokenizer
-from puna.tokenizer.stream import StreamDecoder
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """A stop id or string came; `max_tokens` or the context's end was reached; the request was given up."""
 
-_LONGEST_CHARACTER_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A generated token and its log-probability under the model, before temperature and filters."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    """The likeliest tokens and their log-probabilities, best first; as many as were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new of a sequence. A token's text may come later than the token, so either part can be empty."""
-
-    text: str
-    ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    """One for each of `ids` where the parameters ask for them, else empty."""
-    finish_reason: FinishReason | None
-    """Set on the last delta of a sequence, and only there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What became of a prompt."""
-
-    text: str
-    """Without the stop string or stop token that ended it; special tokens are left out."""
-    ids: tuple[int, ...]
-    """Everything generated, the stop token or the tokens of the stop string included."""
-    logprobs: tuple[TokenLogprob, ...]
-    """One for each of `ids` where the parameters ask for them, else empty."""
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt and what has been generated after it.
+    """Tokens, and the books that `Scheduler` and `BlockManager` keep on them.
 
     Attributes:
-        ids: the generated tokens.
-        text: the generated text, as far as it is certain.
+        tokens: the prompt's, then the generated ones.
+        num_prompt: how many of them are the prompt's.
+        max_tokens: most tokens to generate.
+        priority: of two that wait, the one with the greater number goes first.
+        namespace: sequences share cached blocks only with those of an equal namespace (weights, adapter).
+        reads_cache: whether it may take over blocks that others have computed.
+        draft: guesses at the next tokens, to be checked in the next step.
         finish_reason: None while the sequence waits or runs.
+        arrival: number in the order of arrival.
+        num_computed: tokens, from the first on, whose keys and values are in the cache.
+        num_cached: prompt tokens that did not have to be computed when the sequence first ran.
+        blocks: its blocks of the cache, in order.
+        stale_from: the first of them that changed since the runner copied them.
+        num_registered: blocks, from the first on, that others can find.
+        parent: the last such block's name, or the namespace.
     """
 
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
+    tokens: list[int]
+    num_prompt: int
     max_tokens: int
-    """`params.max_tokens`, or what the context leaves."""
-    stop_ids: frozenset[int]
-    decoder: StreamDecoder
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    text: str = ""
+    priority: int = 0
+    namespace: Hashable = ()
+    reads_cache: bool = True
+    draft: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    _stops: StopStrings = field(init=False)
-    _random: random.Random = field(init=False)
-    _taken: tuple[int, int, int] = (0, 0, 0)
-
-    def __post_init__(self) -> None:
-        self._stops = StopStrings(self.params.stop)
-        self._random = random.Random(self.params.seed)
+    arrival: int = -1
+    num_computed: int = 0
+    num_cached: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    stale_from: int = 0
+    num_registered: int = 0
+    parent: Hashable = None
 
     @property
     def length(self) -> int:
         """Tokens so far, the prompt's included."""
-        return len(self.prompt_ids) + len(self.ids)
+        return len(self.tokens)
 
     @property
-    def has_news(self) -> bool:
-        """Whether `take` would return text or an end."""
-        return len(self.text) > self._taken[0] or self.finish_reason is not None
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.num_prompt
 
-    def draw(self) -> float:
-        """The next number in [0, 1) of this sequence's own random stream."""
-        return self._random.random()
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known, but not yet computed. One means that the sequence decodes."""
+        return len(self.tokens) - self.num_computed
 
-    def append(self, token_id: int, logprob: TokenLogprob | None) -> None:
-        """Take in the next token, and finish if it ends the text."""
-        self.ids.append(token_id)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        if token_id in self.stop_ids:
-            self.finish("stop")
-            return
-        self.text += self._stops.push(self.decoder.push(token_id))
-        if self._stops.found:
-            self.finish("stop")
-        elif len(self.ids) == self.max_tokens:
-            self.finish("length")
+    @property
+    def worst_length(self) -> int:
+        """Most tokens that can come to stand in the cache: the last one generated is never read again."""
+        return self.num_prompt + max(self.max_tokens - 1, 0)
 
-    def finish(self, reason: FinishReason) -> None:
-        """End here; text that was held back for the sake of what might have followed is let go."""
-        if not self._stops.found:
-            self.text += self._stops.push(self.decoder.flush())
-            self.text += self._stops.flush()
-        self.finish_reason = reason
-
-    def take(self) -> Delta:
-        """What is new since the last call."""
-        text, ids, logprobs = self._taken
-        self._taken = (len(self.text), len(self.ids), len(self.logprobs))
-        return Delta(self.text[text:], tuple(self.ids[ids:]), tuple(self.logprobs[logprobs:]), self.finish_reason)
-
-    def completion(self) -> Completion:
-        """The whole of a finished sequence."""
-        assert self.finish_reason is not None
-        return Completion(self.text, tuple(self.ids), tuple(self.logprobs), self.finish_reason, len(self.prompt_ids))
-
-
-def open_decoder(tokenizer: Tokenizer, prompt_ids: SequenceOf[int], *, new_text: bool) -> StreamDecoder:
-    """A decoder for what follows the prompt.
-
-    Args:
-        new_text: the answer is a text of its own, as in a chat, so the dummy blank that SentencePiece puts before a
-            text is taken off. Otherwise it goes on where the prompt stops, blank and half character included.
-    """
-    decoder = StreamDecoder(tokenizer, skip_special=True)
-    if not new_text:
-        for token_id in prompt_ids[-_LONGEST_CHARACTER_BYTES:]:
-            decoder.push(token_id)
-    return decoder
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sorts by who goes first: by priority, then by arrival."""
+        return (-self.priority, self.arrival)

@@ -19,6 +19,12 @@ class Stage(NamedTuple):
 STAGES = {
     "curate": Stage("puna.curate.main", "CurateConfig", "Read raw files into clean documents."),
     "questions": Stage("puna.curate.questions", "QuestionsConfig", "Draw questions with answers from documents."),
+    "reference": Stage(
+        "puna.curate.filters.train_reference", "ReferenceConfig", "Learn how good text reads, for the step perplexity."
+    ),
+    "classifier": Stage(
+        "puna.curate.filters.train_classifier", "ClassifierConfig", "Teach a linear classifier to label documents."
+    ),
     "quality_head": Stage("puna.curate.quality_head", "QualityHeadConfig", "Teach a small Llama to score documents."),
     "tokenizer": Stage("puna.tokenizer.train", "TokenizerConfig", "Train a tokenizer on documents."),
     "tokenize": Stage("puna.batches.tokenize", "TokenizeConfig", "Turn documents into token shards."),
@@ -26,7 +32,10 @@ STAGES = {
     "pretrain": Stage("puna.pretrain.main", "PretrainConfig", "Train a model from random weights."),
     "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to follow instructions."),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
-    "convert": Stage("puna.weights.convert", "ConvertConfig", "Convert between Hugging Face, Meta and llama2.c."),
+    "compress": Stage(
+        "puna.evaluate.compress", "CompressConfig", "Store weights in 8 or 4 bits, and measure the loss."
+    ),
+    "convert": Stage("puna.weights.convert", "ConvertConfig", "Convert between Hugging Face, Meta, GGUF, llama2.c."),
     "generate": Stage("puna.infer.generate", "GenerateConfig", "Complete prompts."),
     "chat": Stage("puna.infer.chat", "ChatConfig", "Talk to a model in the terminal."),
     "serve": Stage("puna.serve.server", "ServeConfig", "Serve a model over HTTP, with the OpenAI protocol."),

@@ -11,8 +11,9 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ class _Kind(IntEnum):
     FLOAT64 = 12
 
 
-_DTYPE = {
+_DTYPE: dict[_Kind, np.dtype[Any]] = {
     _Kind.UINT8: np.dtype("<u1"),
     _Kind.INT8: np.dtype("<i1"),
     _Kind.UINT16: np.dtype("<u2"),
@@ -122,10 +123,10 @@ class GgufFile:
             InputError: it is of another kind (a whole number is a float as well).
         """
         value = self.metadata.get(key)
-        if value is None or type(value) is kind:
-            return cast("Value | None", value)
         if kind is float and type(value) is int:
-            return cast(Value, float(value))
+            value = float(value)
+        if value is None or (isinstance(value, kind) and type(value) is kind):
+            return value
         shown = value if isinstance(value, bool | int | float | str) else f"a list of {len(value)}"
         raise InputError(f"{self.path}: {key} has to be of type {kind.__name__}, not {_short(str(shown))}.")
 
@@ -157,13 +158,14 @@ def read_gguf(path: Path) -> GgufFile:
     """
     if path.stat().st_size < len(_MAGIC):
         raise InputError(f"{path} is not a GGUF file: it has {path.stat().st_size} bytes.")
-    content: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="c")  # writable, in memory only, as torch wants it
+    # "c" because torch wants memory that may be written; what is written never reaches the file.
+    content: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="c")
     try:
         return _parse(path, content)
     except _Broken as error:
         raise InputError(
-            f"{path} is not a whole GGUF file that Puna reads: {error}. Interrupted downloads and Git LFS pointers look "
-            "like this; fetch it again."
+            f"{path} is not a whole GGUF file that Puna reads: {error}. Interrupted downloads and Git LFS pointers "
+            "look like this; fetch it again."
         ) from error
 
 
@@ -171,7 +173,7 @@ class _Reader:
     """Takes values from the front of a file, never beyond its end."""
 
     def __init__(self, content: NDArray[np.uint8]) -> None:
-        self._content = memoryview(content)
+        self._content = content.data
         self.position = 0
 
     @property
@@ -250,7 +252,7 @@ def _parse(path: Path, content: NDArray[np.uint8]) -> GgufFile:
             raise _Broken(f"tensor {_short(name)} ends beyond the end of the file")
         tensors[name] = StoredTensor(shape, encoding, data_start + offset, num_bytes)
     in_order = sorted(tensors, key=lambda name: tensors[name].start)
-    for earlier, later in zip(in_order, in_order[1:], strict=False):
+    for earlier, later in pairwise(in_order):
         if tensors[earlier].start + tensors[earlier].num_bytes > tensors[later].start:
             raise _Broken(f"tensors {_short(earlier)} and {_short(later)} overlap")
     return GgufFile(path, metadata, tensors, content)
@@ -271,8 +273,8 @@ def _tensor_headers(reader: _Reader, count: int) -> Iterator[tuple[str, tuple[tu
         number, offset = reader.unsigned(4), reader.unsigned(8)
         if number not in ENCODINGS:
             raise _Broken(
-                f"tensor {_short(name)} is of type {number}; Puna reads {', '.join(BY_NAME)} and no other type, so take "
-                "another variant of the model"
+                f"tensor {_short(name)} is of type {number}; Puna reads {', '.join(BY_NAME)} and no other type, "
+                "so take another variant of the model"
             )
         encoding = ENCODINGS[number]
         if min(shape) < 1 or shape[-1] % encoding.block_elements:

@@ -16,12 +16,13 @@ from starlette.types import Receive, Scope, Send
 
 import puna
 from puna.infer.engine import Engine
-from puna.infer.sequence import Delta
+from puna.infer.request import Delta
+from puna.infer.sampling import SamplingParams
 from puna.runtime.errors import InputError
 from puna.serve import errors
 from puna.serve.errors import ApiError
 from puna.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
-from puna.serve.responses import ChatReply, CompletionReply, Reply, join, model_card, usage_of
+from puna.serve.responses import ChatReply, CompletionReply, Echo, Reply, join, model_card, usage_of
 from puna.serve.worker import EngineFailed, Job, Run, Worker
 from puna.tokenizer.chat import render_chat
 
@@ -67,16 +68,18 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
         prompts = [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-        echoes = [""] * len(prompts)
-        check_prompts(prompts, "prompt")
+        check_prompts(prompts, body.params(0), "prompt")
+        echoes: list[Echo | None] = [None] * len(prompts)
         if body.echo:
-            echoes = [
+            texts = [
                 prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt, skip_special=True)
                 for prompt in body.prompts
             ]
+            echoes = [Echo(text, ids) for text, ids in zip(texts, prompts, strict=True)]
         choices = range(body.n or 1)
         jobs = [Job(ids, body.params(choice), new_text=False) for ids in prompts for choice in choices]
-        reply = CompletionReply(engine, name, body.params(0), [echo for echo in echoes for _ in choices])
+        each = [echo for echo in echoes for _ in choices]
+        reply = CompletionReply(engine, name, body.params(0), len(choices), each)
         return await respond(request, body, reply, jobs, num_prompt_tokens=sum(map(len, prompts)))
 
     @app.post("/v1/chat/completions")
@@ -87,9 +90,9 @@ def build_app(engine: Engine, name: str) -> FastAPI:
             ids = render_chat(engine.tokenizer, messages, add_generation_prompt=True).ids
         except InputError as error:
             raise ApiError(400, str(error), param="messages") from error
-        check_prompts([ids], "messages")
+        check_prompts([ids], body.params(0), "messages")
         jobs = [Job(ids, body.params(choice), new_text=True) for choice in range(body.n or 1)]
-        reply = ChatReply(engine, name, body.params(0))
+        reply = ChatReply(engine, name, body.params(0), len(jobs))
         return await respond(request, body, reply, jobs, num_prompt_tokens=len(ids))
 
     def check_model(asked: str) -> None:
@@ -97,10 +100,14 @@ def build_app(engine: Engine, name: str) -> FastAPI:
             message = f"The model {asked!r} does not exist; this server has {name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def check_prompts(prompts: Sequence[Sequence[int]], param: str) -> None:
+    def check_prompts(prompts: Sequence[Sequence[int]], params: SamplingParams, param: str) -> None:
+        try:
+            engine.check_params(params)
+        except InputError as error:
+            raise ApiError(400, str(error), param="logit_bias") from error
         for ids in prompts:
             try:
-                engine.check(ids)
+                engine.check(ids, params)
             except InputError as error:
                 code = "context_length_exceeded" if len(ids) >= engine.max_context else None
                 raise ApiError(400, str(error), param=param, code=code) from error
@@ -162,19 +169,20 @@ class EventStream(StreamingResponse):
 async def _events(run: Run, reply: Reply, num_jobs: int, num_prompt_tokens: int | None) -> AsyncIterator[str]:
     """The events of a stream; with the number of prompt tokens, one with the usage comes last."""
     no_usage = {} if num_prompt_tokens is None else {"usage": None}
-    num_tokens = 0
+    num_tokens = num_cached = 0
     for index in range(num_jobs):
         if (opening := reply.opening(index)) is not None:
             yield _event({**reply.chunk([opening]), **no_usage})
     try:
         async for index, delta in run.deltas():
             num_tokens += len(delta.ids)
+            num_cached += reply.num_cached(index, delta)
             yield _event({**reply.chunk([reply.piece(index, delta)]), **no_usage})
     except EngineFailed as error:
         yield _event(ApiError(500, str(error)).body)
         return
     if num_prompt_tokens is not None:
-        yield _event({**reply.chunk([]), "usage": usage_of(num_prompt_tokens, num_tokens)})
+        yield _event({**reply.chunk([]), "usage": usage_of(num_prompt_tokens, num_tokens, num_cached)})
     yield "data: [DONE]\n\n"
 
 

@@ -8,13 +8,11 @@ from puna.infer.sampling import SamplingParams
 from puna.runtime.seeds import derive_seed
 
 TokenIds = Annotated[list[int], Field(min_length=1)]
+TokenName = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 StopString = Annotated[str, Field(min_length=1)]
 
 
 IDLE: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "suffix": ("",),
     "best_of": (1,),
     "store": (False,),
@@ -50,7 +48,8 @@ class StreamOptions(BaseModel):
 class GenerationRequest(BaseModel):
     """What both endpoints take.
 
-    top_k, min_p and ignore_eos are additions to OpenAI's protocol, under the names that other servers gave them.
+    top_k, min_p, repetition_penalty, stop_token_ids and ignore_eos are additions to OpenAI's protocol, under the names
+    that other servers gave them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -60,10 +59,17 @@ class GenerationRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        None
+    )
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = None
     stop: StopString | list[StopString] | None = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -84,7 +90,9 @@ class GenerationRequest(BaseModel):
             raise ValueError("is only allowed together with stream = true")
         return options
 
-    def sampling(self, choice: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, choice: int, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         """Parameters of the `choice`-th answer to one prompt: with a seed, each has a random stream of its own."""
         return SamplingParams(
             max_tokens=max_tokens,
@@ -92,10 +100,16 @@ class GenerationRequest(BaseModel):
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
             seed=derive_seed(self.seed, choice) if choice and self.seed is not None else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -106,12 +120,8 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
 
-    @field_validator("echo")
-    @classmethod
-    def _echo_without_logprobs(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
-        if echo and info.data.get("logprobs") is not None:
-            raise ValueError("cannot be combined with logprobs: the prompt's are not computed")
-        return echo
+    max_tokens: int | None = Field(None, ge=0)
+    """0 answers nothing: with `echo` and `logprobs` it measures the prompt."""
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -122,7 +132,12 @@ class CompletionRequest(GenerationRequest):
 
     def params(self, choice: int) -> SamplingParams:
         """See `sampling`."""
-        return self.sampling(choice, max_tokens=self.max_tokens or 16, logprobs=self.logprobs)
+        return self.sampling(
+            choice,
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )
 
 
 class TextPart(BaseModel):

@@ -4,12 +4,13 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import puna
 from puna.infer.engine import Engine
+from puna.infer.request import Delta, TokenLogprob
 from puna.infer.sampling import SamplingParams
-from puna.infer.sequence import Delta, TokenLogprob
 from puna.tokenizer.base import Tokenizer
 
 _LOWEST_LOGPROB = -9999.0
@@ -22,6 +23,7 @@ def join(deltas: Sequence[Delta]) -> Delta:
         tuple(i for delta in deltas for i in delta.ids),
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[-1].finish_reason,
+        deltas[0].prompt,
     )
 
 
@@ -30,13 +32,15 @@ class Reply(ABC):
 
     Args:
         params: of the request's first answer; all have the same stop ids and report the same log-probabilities.
+        num_choices: answers to each prompt.
     """
 
     id_prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, engine: Engine, model: str, params: SamplingParams) -> None:
+    def __init__(self, engine: Engine, model: str, params: SamplingParams, num_choices: int) -> None:
+        self._num_choices = num_choices
         self._tokenizer = engine.tokenizer
         self._stop_ids = engine.stop_ids(params)
         self._has_logprobs = params.logprobs is not None
@@ -51,8 +55,14 @@ class Reply(ABC):
         """The body of a reply that comes at once."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         num_tokens = sum(len(answer.ids) for answer in answers)
-        usage = usage_of(num_prompt_tokens, num_tokens)
+        num_cached = sum(self.num_cached(index, answer) for index, answer in enumerate(answers))
+        usage = usage_of(num_prompt_tokens, num_tokens, num_cached)
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def num_cached(self, index: int, delta: Delta) -> int:
+        """Prompt tokens that cost nothing, where a delta tells; a prompt answered several times counts once."""
+        first = index % self._num_choices == 0
+        return delta.prompt.num_cached_tokens if first and delta.prompt is not None else 0
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The body of one event of a stream."""
@@ -75,50 +85,71 @@ class Reply(ABC):
         return delta.logprobs[:-1] if ended else delta.logprobs
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is part of the reply."""
+
+    text: str
+    ids: Sequence[int]
+
+
 class CompletionReply(Reply):
     """The reply of /v1/completions.
 
     Args:
-        echoes: for each answer the text that goes before it.
+        echoes: for each answer the prompt, where it goes before it, or nothing.
     """
 
     id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, engine: Engine, model: str, params: SamplingParams, echoes: Sequence[str]) -> None:
-        super().__init__(engine, model, params)
+    def __init__(
+        self, engine: Engine, model: str, params: SamplingParams, num_choices: int, echoes: Sequence[Echo | None]
+    ) -> None:
+        super().__init__(engine, model, params, num_choices)
         self._echoes = echoes
-        self._offsets = [len(echo) for echo in echoes]
+        # Where echoed tokens are reported, they move the offsets themselves.
+        counted = params.prompt_logprobs is not None
+        self._offsets = [0 if counted or echo is None else len(echo.text) for echo in echoes]
 
     def opening(self, index: int) -> dict[str, Any] | None:
         echo = self._echoes[index]
-        return {"index": index, "text": echo, "logprobs": None, "finish_reason": None} if echo else None
+        if echo is None or self._has_logprobs:
+            return None  # with log-probabilities the prompt is not known before it is computed
+        return {"index": index, "text": echo.text, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        echo = self._echoes[index]
+        echoed = echo is not None and self._has_logprobs and delta.prompt is not None
         return {
             "index": index,
-            "text": delta.text,
+            "text": echo.text + delta.text if echo is not None and echoed else delta.text,
             "logprobs": self._logprobs(index, delta) if self._has_logprobs else None,
             "finish_reason": delta.finish_reason,
         }
 
     def _whole_choice(self, index: int, answer: Delta) -> dict[str, Any]:
-        choice = self.piece(index, answer)
-        return {**choice, "text": self._echoes[index] + answer.text}
+        choice, opening = self.piece(index, answer), self.opening(index)
+        return {**choice, "text": (opening["text"] if opening else "") + choice["text"]}
 
     def _logprobs(self, index: int, delta: Delta) -> dict[str, Any]:
-        reported = self._reported(delta)
-        tokens = [_printable(self._tokenizer, entry.id) for entry in reported]
+        echo = self._echoes[index]
+        ids = [entry.id for entry in self._reported(delta)]
+        entries: list[TokenLogprob | None] = list(self._reported(delta))
+        if echo is not None and delta.prompt is not None:
+            ids = [*echo.ids, *ids]
+            entries = [None, *delta.prompt.logprobs, *entries]  # nothing comes before the first token
         offsets = []
-        for entry in reported:
+        for token_id in ids:
             offsets.append(self._offsets[index])
             # The bytes that begin a character count as the whole of it, those that go on with it as nothing.
-            data = self._tokenizer.token_bytes(entry.id)
+            data = self._tokenizer.token_bytes(token_id)
             self._offsets[index] += sum(byte & 0xC0 != 0x80 for byte in data)
         return {
-            "tokens": tokens,
-            "token_logprobs": [_finite(entry.logprob) for entry in reported],
+            "tokens": [_printable(self._tokenizer, token_id) for token_id in ids],
+            "token_logprobs": [entry and _finite(entry.logprob) for entry in entries],
             "top_logprobs": [
-                {_printable(self._tokenizer, i): _finite(logprob) for i, logprob in entry.top} for entry in reported
+                entry and {_printable(self._tokenizer, i): _finite(logprob) for i, logprob in entry.top}
+                for entry in entries
             ],
             "text_offset": offsets,
         }
@@ -160,12 +191,13 @@ class ChatReply(Reply):
         return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
 
 
-def usage_of(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+def usage_of(num_prompt_tokens: int, num_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
     """Token counts of a request; a prompt answered several times counts once."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from puna.infer.engine import Engine
+from puna.infer.request import Delta, Request
 from puna.infer.sampling import SamplingParams
-from puna.infer.sequence import Delta
-from puna.infer.sequence import Sequence as EngineSequence
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Worker:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._runs: dict[EngineSequence, tuple[Run, int]] = {}
+        self._runs: dict[Request, tuple[Run, int]] = {}
         self._thread = threading.Thread(target=self._work, name="puna-engine", daemon=True)
 
     def start(self) -> None:

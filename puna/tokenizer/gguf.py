@@ -6,6 +6,7 @@ Keys are those of ggml, docs/gguf.md; how llama.cpp reads them is in its src/lla
 import json
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ class _Kind(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+def holds_tokenizer(path: Path) -> bool:
+    """Whether there is a tokenizer in a GGUF file.
+
+    Raises:
+        InputError: the file is broken.
+    """
+    return _PREFIX + "model" in read_gguf(path).metadata
 
 
 def read_gguf_tokenizer(path: Path) -> Tokenizer:
@@ -207,8 +217,8 @@ def _pattern_name(parts: Mapping[str, Any]) -> str:
         if json.dumps(pattern) in text:
             return name
     raise InputError(
-        "This tokenizer cuts text by a pattern that Puna has no GGUF name for; it writes byte-level tokenizers that cut "
-        "as Llama 3 or Qwen do."
+        "This tokenizer cuts text by a pattern that Puna has no GGUF name for; it writes byte-level tokenizers that "
+        "cut as Llama 3 or Qwen do."
     )
 
 
@@ -224,7 +234,9 @@ def _scores(
     rank: dict[str, int] = {}
     for first, second in merges:
         rank.setdefault(first + second, len(rank))
-    mergeable = {token: i for i, token in enumerate(tokens) if token and token not in added and not is_byte_piece(token)}
+    mergeable = {
+        token: i for i, token in enumerate(tokens) if token and token not in added and not is_byte_piece(token)
+    }
     in_order = [first + second for first, second in merges]
     grouped = in_order == sorted(in_order, key=rank.__getitem__)
     if not grouped or set(all_merges(mergeable, list(rank))) != set(merges):
@@ -232,6 +244,7 @@ def _scores(
             "This tokenizer merges pieces otherwise than SentencePiece does, so llama.cpp would give other tokens. "
             "Take the model's own tokenizer.model, if there is one."
         )
-    others = iter(range(len(rank), len(rank) + len(tokens)))
-    proper = [0 if token not in mergeable else -rank.get(token, -1) if token in rank else -next(others) for token in tokens]
-    return np.array(proper, np.float32)
+    unmerged = count(len(rank))  # single characters, which no merge makes
+    ranks = [rank[token] if token in rank else next(unmerged) for token in mergeable]
+    score = dict(zip(mergeable, ranks, strict=True))
+    return np.array([-score.get(token, 0) if token else 0 for token in tokens], np.float32)

@@ -18,7 +18,7 @@ from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_json, write_json
 from puna.weights.names import to_hf
-from puna.weights.stored import StoredTensors, copy_weights, transfer_progress
+from puna.weights.stored import StoredTensors, copy_weights, named_tensors, transfer_progress
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -26,13 +26,21 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
+_OTHER_DTYPE = torch.bits8
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # What a config.json may ask for that Puna does not compute: key -> the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "hidden_act": (None, "silu"),
@@ -96,11 +104,19 @@ def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
     for key, harmless in _UNSUPPORTED.items():
         if values.get(key) not in harmless:
             refuse(key)
+    if values.get("quantization_config") and quantization_config(path.parent) is None:
+        refuse("quantization_config")
     if any(kind != "full_attention" for kind in values.get("layer_types") or []):
         refuse("layer_types")
     # Qwen writes a sliding_window even where it is switched off; Llama has no switch.
     if values.get("sliding_window") is not None and values.get("use_sliding_window", values["model_type"] == "llama"):
         refuse("sliding_window")
+
+
+def quantization_config(directory: Path) -> dict[str, Any] | None:
+    """How the weights of a model directory are stored as integers, if they are (`puna.compress`)."""
+    values = read_json(directory / CONFIG_FILE).get("quantization_config")
+    return values if isinstance(values, dict) and values.get("quant_method") == "compressed-tensors" else None
 
 
 def _read_rope(values: dict[str, Any], context_length: int, path: Path) -> tuple[float, RopeScaling | None]:
@@ -240,7 +256,7 @@ def hf_tensors(directory: Path) -> StoredTensors:
                 continue
             header = file.get_slice(name)
             files[name], shapes[name] = file, header.get_shape()
-            dtypes[name] = _DTYPES.get(header.get_dtype(), torch.int8)
+            dtypes[name] = _DTYPES.get(header.get_dtype(), _OTHER_DTYPE)
 
     def read(name: str) -> Tensor:
         tensor: Tensor = files[name].get_tensor(name)
@@ -321,7 +337,7 @@ def save_hf_weights(
 
 
 def _write(path: Path, shard: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-    tensors = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in shard.items()}
+    tensors = {name: tensor.to("cpu", _stored_dtype(tensor, dtype)).contiguous() for name, tensor in shard.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -329,18 +345,22 @@ def _write(path: Path, shard: dict[str, Tensor], dtype: torch.dtype | None) -> N
 
 
 def _shards(model: Transformer, dtype: torch.dtype | None, max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Parameters in the model's order, by Hugging Face's names, in parts of at most `max_shard_bytes`."""
+    """Parameters and buffers in the model's order, by Hugging Face's names, in parts of at most `max_shard_bytes`."""
     shard: dict[str, Tensor] = {}
     size = 0
-    for name, parameter in model.named_parameters():
-        num_bytes = _num_bytes(parameter, dtype)
+    for name, tensor in named_tensors(model):
+        num_bytes = _num_bytes(tensor, dtype)
         if shard and size + num_bytes > max_shard_bytes:
             yield shard
             shard, size = {}, 0
-        shard[to_hf(name)] = parameter.detach()
+        shard[to_hf(name)] = tensor.detach()
         size += num_bytes
     yield shard
 
 
 def _num_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    return tensor.numel() * (dtype or tensor.dtype).itemsize
+    return tensor.numel() * _stored_dtype(tensor, dtype).itemsize
+
+
+def _stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

@@ -1,20 +1,25 @@
 """Any checkpoint to a model, and a model to a model directory."""
 
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from puna.model.config import LlamaConfig
-from puna.model.transformer import Transformer
+from puna.model.transformer import Linear, Transformer
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, write_json
+from puna.runtime.gguf_file import gguf_path
 from puna.runtime.manifest import Manifest
 from puna.tokenizer.base import Tokenizer
+from puna.weights.gguf import gguf_tensors, read_gguf_config
 from puna.weights.huggingface import (
     CONFIG_FILE,
     MAX_SHARD_BYTES,
     hf_config,
     hf_tensors,
+    quantization_config,
     read_hf_config,
     save_hf_weights,
 )
@@ -64,21 +69,34 @@ def read_config(path: Path | str) -> LlamaConfig:
             return read_hf_config(path)
         case "meta":
             return read_meta_config(path)
+        case "gguf":
+            return read_gguf_config(_gguf(path))
         case _:
             return read_llama2c_config(path)
 
 
+Fit = Callable[[Transformer, Mapping[str, Any], Collection[str], str], None]
+"""Puts empty modules into a model that hold what a file holds in place of weights; `puna.compress.apply.fit` is one."""
+
+
 def load_model(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fit: Fit | None = None,
 ) -> Transformer:
     """A model in evaluation mode, from any format that Puna reads.
 
     The model is allocated once, in its final dtype and place, and filled tensor by tensor.
 
     Args:
-        path: a Hugging Face directory, a Meta directory, a .pth beside its params.json, a .bin of llama2.c, or
-            `hub:org/name` to download the first.
+        path: a Hugging Face directory, a Meta directory, a .pth beside its params.json, a .gguf file or a folder of
+            one, a .bin of llama2.c, or `hub:org/name` to download the first.
         dtype: of the parameters; None takes the checkpoint's own.
+        fit: called for a model whose weights are stored as integers, with the model (without memory), the
+            `quantization_config`, the names of the maps that are stored so, and `path`. Without it such a model is
+            refused: it cannot be trained or converted.
 
     Raises:
         InputError: the checkpoint is broken, incomplete, unsupported, or none of these formats.
@@ -88,6 +106,16 @@ def load_model(
     stored = _tensors(path, config)
     with torch.device("meta"):
         model = Transformer(config)
+    quantization = quantization_config(path) if _format(path) == "hf" else None
+    if quantization is not None:
+        if fit is None:
+            raise InputError(
+                f"{path} holds quantised weights (quantization_config in {CONFIG_FILE}), which can be run and "
+                "measured, but not trained or converted. Use the model that it was made from."
+            )
+        names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+        quantized = [name for name in names if stored.file_name(f"{name}.weight_scale") in stored.shapes]
+        fit(model, quantization, quantized, str(path))
     model = model.to(dtype or stored.dtype).to_empty(device=device)
     if config.tie_embeddings:
         model.output.weight = model.embedding.weight  # leaving the meta device separates them
@@ -101,14 +129,24 @@ def _format(path: Path) -> str:
             return "hf"
         if (path / PARAMS_FILE).exists() or any(path.glob("*.pth")) or any(path.glob("*.pt")):
             return "meta"
+        if any(path.glob("*.gguf")):
+            return "gguf"
+    elif path.suffix == ".gguf":
+        return "gguf"
     elif path.suffix in (".pth", ".pt"):
         return "meta"
     elif path.suffix == ".bin":
         return "llama2c"
     raise InputError(
         f"{path} is not a checkpoint that Puna reads: a Hugging Face directory (with {CONFIG_FILE}), a Meta "
-        f"directory (with {PARAMS_FILE} and consolidated.00.pth), or a .bin of llama2.c."
+        f"directory (with {PARAMS_FILE} and consolidated.00.pth), a GGUF file (.gguf), or a .bin of llama2.c."
     )
+
+
+def _gguf(path: Path) -> Path:
+    file = gguf_path(path)
+    assert file is not None, f"{path} was found to be GGUF"
+    return file
 
 
 def _tensors(path: Path, config: LlamaConfig) -> StoredTensors:
@@ -117,6 +155,8 @@ def _tensors(path: Path, config: LlamaConfig) -> StoredTensors:
             return hf_tensors(path)
         case "meta":
             return meta_tensors(path, config)
+        case "gguf":
+            return gguf_tensors(_gguf(path))
         case _:
             return llama2c_tensors(path)
 
@@ -129,6 +169,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     manifest: Manifest | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face model directory, which `transformers` loads without a trust flag; whole or not at all.
 
@@ -138,6 +179,7 @@ def save_model(
         tokenizer: its files go in too, and its ids into config.json and generation_config.json.
         dtype: to store the weights in; None keeps the parameters'.
         manifest: becomes `puna.json`.
+        quantization: `quantization_config` of config.json, for a model with quantised maps.
 
     Raises:
         InputError: the tokenizer has more ids than the model, or the model has no Hugging Face form.
@@ -151,6 +193,8 @@ def save_model(
         ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
         ids["pad_id"] = tokenizer.pad_id if own_pad else None
     values = hf_config(model.config, dtype or model.embedding.weight.dtype, **ids)
+    if quantization is not None:
+        values["quantization_config"] = dict(quantization)
     with atomic_path(directory) as fresh:
         fresh.mkdir()
         save_hf_weights(model, fresh, dtype=dtype, max_shard_bytes=max_shard_bytes)

@@ -1,7 +1,7 @@
-"""One table of parameter names: Puna's, Hugging Face's, and Meta's.
+"""One table of parameter names: Puna's, Hugging Face's, Meta's, and llama.cpp's.
 
 Hugging Face's are those of `transformers` (Llama, Qwen2, Qwen3); Meta's those of `consolidated.NN.pth`, which knows
-neither biases nor norms of queries and keys.
+neither biases nor norms of queries and keys; llama.cpp's those of GGUF files.
 """
 
 import re
@@ -30,6 +30,31 @@ _HF_OF = {puna: hf for puna, hf, _ in _NAMES}
 _META_OF = {puna: meta for puna, _, meta in _NAMES if meta is not None}
 _PUNA_OF_HF = {hf: puna for puna, hf in _HF_OF.items()}
 _PUNA_OF_META = {meta: puna for puna, meta in _META_OF.items()}
+
+_GGUF_OF = {
+    "embedding.weight": "token_embd.weight",
+    "layers.#.attention_norm.weight": "blk.#.attn_norm.weight",
+    "layers.#.attention.query.weight": "blk.#.attn_q.weight",
+    "layers.#.attention.key.weight": "blk.#.attn_k.weight",
+    "layers.#.attention.value.weight": "blk.#.attn_v.weight",
+    "layers.#.attention.output.weight": "blk.#.attn_output.weight",
+    "layers.#.attention.query.bias": "blk.#.attn_q.bias",
+    "layers.#.attention.key.bias": "blk.#.attn_k.bias",
+    "layers.#.attention.value.bias": "blk.#.attn_v.bias",
+    "layers.#.attention.query_norm.weight": "blk.#.attn_q_norm.weight",
+    "layers.#.attention.key_norm.weight": "blk.#.attn_k_norm.weight",
+    "layers.#.feed_forward_norm.weight": "blk.#.ffn_norm.weight",
+    "layers.#.feed_forward.gate.weight": "blk.#.ffn_gate.weight",
+    "layers.#.feed_forward.down.weight": "blk.#.ffn_down.weight",
+    "layers.#.feed_forward.up.weight": "blk.#.ffn_up.weight",
+    "norm.weight": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+
+# A quantised map has several tensors in place of its weight: weight_scale, weight_packed, ... (`puna.compress`). Files
+# have the same names, but for one.
+_QUANTIZED = ".weight_"
+_STORED_PARTS = {"int8": "weight"}
 
 
 def to_hf(name: str) -> str:
@@ -63,7 +88,19 @@ def from_meta(name: str) -> str:
     return _translate(name, _PUNA_OF_META)
 
 
+def to_gguf(name: str) -> str:
+    """llama.cpp's name of a parameter of `Transformer`.
+
+    >>> to_gguf("layers.3.feed_forward.gate.weight")
+    'blk.3.ffn_gate.weight'
+    """
+    return _translate(name, _GGUF_OF)
+
+
 def _translate(name: str, table: dict[str, str]) -> str:
+    stem, quantized, part = name.partition(_QUANTIZED)
+    if quantized:
+        return _translate(f"{stem}.weight", table).removesuffix("weight") + _STORED_PARTS.get(part, f"weight_{part}")
     layer = re.search(r"(?<=layers\.)\d+", name)
     if layer is None:
         return table[name]

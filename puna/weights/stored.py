@@ -35,23 +35,13 @@ class StoredTensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The smallest dtype that holds every tensor exactly; the tensors' own where they agree.
-
-        Raises:
-            InputError: a tensor is not of a floating-point dtype of 16 bits or more: a quantised checkpoint.
-        """
-        odd = [f"{name} ({dtype})" for name, dtype in self.dtypes.items() if dtype not in FLOAT_DTYPES]
-        if odd:
-            raise InputError(
-                f"{self.where} holds tensors that are not plain floating point: {shorten(odd)}. Puna reads "
-                "checkpoints in float32, bfloat16 or float16; use the unquantised release of the model."
-            )
-        return reduce(torch.promote_types, set(self.dtypes.values()) or {torch.float32})
+        """The smallest dtype that holds every floating-point tensor exactly; the tensors' own where they agree."""
+        return reduce(torch.promote_types, set(self.dtypes.values()) & set(FLOAT_DTYPES) or {torch.float32})
 
 
 @torch.no_grad()
 def copy_weights(model: Transformer, stored: StoredTensors) -> None:
-    """Fill every parameter of `model`, one tensor at a time, converting dtype and device.
+    """Fill every parameter and buffer of `model`, one tensor at a time, converting dtype and device.
 
     Everything is compared before the first byte is copied. A model with tied embeddings may find its output
     projection stored as well, if it is the same as the embedding.
@@ -60,7 +50,7 @@ def copy_weights(model: Transformer, stored: StoredTensors) -> None:
         InputError: tensors are missing, unexpected or of another shape (all are named in one message), are
             quantised, or tied weights differ.
     """
-    wanted = {stored.file_name(name): parameter for name, parameter in model.named_parameters()}
+    wanted = {stored.file_name(name): tensor for name, tensor in named_tensors(model)}
     embedding, output = stored.file_name("embedding.weight"), stored.file_name("output.weight")
     tied_twice = model.config.tie_embeddings and output in stored.shapes
     known = wanted.keys() | ({output} if tied_twice else set())
@@ -79,7 +69,17 @@ def copy_weights(model: Transformer, stored: StoredTensors) -> None:
             f"The weights in {stored.where} do not fit its configuration. Tensors {found}. The weights and the "
             "configuration beside them belong to different models, or a file is missing."
         )
-    _ = stored.dtype  # refuses quantised tensors
+
+    def is_odd(stored_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+        return stored_dtype not in FLOAT_DTYPES if dtype.is_floating_point else stored_dtype is not dtype
+
+    odd = [f"{n} ({stored.dtypes[n]})" for n, tensor in wanted.items() if is_odd(stored.dtypes[n], tensor.dtype)]
+    if odd:
+        raise InputError(
+            f"{stored.where} holds tensors that are not plain floating point: {shorten(odd)}. Puna reads "
+            "checkpoints in float32, bfloat16 or float16, and those that `puna compress` makes; use the unquantised "
+            "release of the model."
+        )
     if tied_twice and not torch.equal(stored.read(embedding), stored.read(output)):
         raise InputError(
             f"{stored.where}: the configuration ties the output projection to the embedding, but {output} and "
@@ -90,6 +90,12 @@ def copy_weights(model: Transformer, stored: StoredTensors) -> None:
         for name, parameter in wanted.items():
             parameter.copy_(stored.read(name))
             advance(parameter.nbytes)
+
+
+def named_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Everything that a checkpoint holds: the parameters, and the integers and scales of quantised maps."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def shorten(names: Iterable[str]) -> str:

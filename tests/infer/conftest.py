@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from puna.infer.config import EngineConfig
 from puna.infer.engine import Engine
 from puna.model.config import LlamaConfig
 from puna.model.initialize import initialize
@@ -67,12 +68,12 @@ def model() -> Transformer:
 
 @pytest.fixture
 def engine(model: Transformer, tokenizer: Tokenizer) -> Engine:
-    return Engine(model, tokenizer, max_rows=3, max_context=64)
+    return Engine(model, tokenizer, EngineConfig(max_rows=3, max_context=64))
 
 
 @pytest.fixture
 def reciting(tokenizer: Tokenizer) -> Callable[[bytes | list[int]], Engine]:
-    return lambda script: Engine(Reciter(list(script)), tokenizer, max_rows=2)
+    return lambda script: Engine(Reciter(list(script)), tokenizer, EngineConfig(max_rows=2))
 
 
 @pytest.fixture(scope="session")

@@ -1,77 +1,91 @@
-"""The cache against a forward that sees everything at once."""
+"""Paged attention against a twin that goes token by token."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from puna.infer.cache import CachedAttend, KVCache
+from puna.infer.cache import KVPool, PagedAttend
 from puna.model.config import LlamaConfig
-from puna.model.initialize import initialize
-from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 
 CPU = torch.device("cpu")
+HEADS, DIM, SIZE, BLOCKS = 4, 16, 4, 24
 
 
-def tiny(num_kv_heads: int) -> Transformer:
-    config = LlamaConfig(
-        vocab_size=50, dim=16, num_layers=2, num_heads=4, num_kv_heads=num_kv_heads, head_dim=4, hidden_dim=24
+def shape(num_kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=50, dim=64, num_layers=2, num_heads=HEADS, num_kv_heads=num_kv_heads, head_dim=DIM, hidden_dim=24
     )
-    model = Transformer(config)
-    initialize(model, seed=0)
-    return model
 
 
-MODELS = {groups: tiny(groups) for groups in (1, 2, 4)}
+def naive(q_THK: Tensor, keys_SGK: Tensor, values_SGK: Tensor) -> Tensor:
+    """The last T of S tokens look at themselves and at what is before them, head by head."""
+    num_tokens, num_slots, repeat = len(q_THK), len(keys_SGK), HEADS // keys_SGK.shape[1]
+    o_THK = torch.empty_like(q_THK)
+    for t in range(num_tokens):
+        seen = num_slots - num_tokens + t + 1
+        for head in range(HEADS):
+            keys_SK, values_SK = keys_SGK[:seen, head // repeat], values_SGK[:seen, head // repeat]
+            weights_S = (keys_SK @ q_THK[t, head] / DIM**0.5).softmax(0)
+            o_THK[t, head] = weights_S @ values_SK
+    return o_THK
 
 
-@torch.inference_mode()
-@settings(max_examples=60, deadline=None)
+pieces = st.lists(
+    st.tuples(st.sampled_from((0, 0, 1, 3, 4, 9)), st.sampled_from((1, 1, 2, 5, 8))), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
+    pieces=pieces,
     num_kv_heads=st.sampled_from((1, 2, 4)),
-    prefills=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    chunks=st.lists(st.integers(1, 4), max_size=4),
-    first_row=st.integers(0, 1),
+    scattered=st.booleans(),
+    num_padding=st.integers(0, 3),
+    alone=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_chunks_equal_one_forward(
-    num_kv_heads: int, prefills: list[int], chunks: list[int], first_row: int, seed: int
+def test_equals_the_naive_twin(
+    pieces: list[tuple[int, int]], num_kv_heads: int, scattered: bool, num_padding: int, alone: bool, seed: int
 ) -> None:
-    """Right-padded prefill of unequal lengths, then chunks at each row's own position, over leftovers."""
-    model = MODELS[num_kv_heads]
+    """Whatever the mix of decoding, beginnings and later pieces, and wherever the blocks lie."""
+    chance = np.random.default_rng(seed)
     random = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(50, (len(prefills), max(prefills) + sum(chunks)), generator=random)
-    expected_BTV = model(ids_BT)
-    cache = KVCache(model.config, rows=5, slots=32, device=CPU, dtype=torch.float32)
-    for leftovers in (*cache.keys, *cache.values):
+    pieces.sort(key=lambda piece: (piece[1] > 1, piece[1] > 1 and piece[0] > 0, piece[0]))
+    pool = KVPool(shape(num_kv_heads), num_blocks=BLOCKS, block_size=SIZE, device=CPU, dtype=torch.float32)
+    for leftovers in (*pool.keys, *pool.values):
         leftovers.normal_(std=100, generator=random)
+    free = list(chance.permutation(BLOCKS) if scattered else range(BLOCKS))
+    tables = np.zeros((len(pieces), 6), dtype=np.int64)
+    starts, counts = [start for start, _ in pieces], [count for _, count in pieces]
+    texts = []
+    for row, (start, count) in enumerate(pieces):
+        blocks = [free.pop(0) for _ in range(-(-(start + count) // SIZE))]
+        tables[row, : len(blocks)] = blocks
+        text = torch.randn(2, start + count, num_kv_heads, DIM, generator=random)
+        for position in range(start):
+            place = blocks[position // SIZE], position % SIZE
+            pool.keys[1][place], pool.values[1][place] = text[:, position]
+        texts.append(text)
+    num_tokens = sum(counts) + num_padding
+    q_1NHK = torch.randn(1, num_tokens, HEADS, DIM, generator=random)
+    filler = torch.randn(2, num_padding, num_kv_heads, DIM, generator=random)
+    new = torch.cat([*(text[:, start:] for text, start in zip(texts, starts, strict=True)), filler], dim=1)
 
-    attend = CachedAttend(cache, first_row, [0] * len(prefills), max(prefills))
-    got_BTV = model(ids_BT[:, : max(prefills)], attend.positions_BT, attend)
-    for row, length in enumerate(prefills):
-        torch.testing.assert_close(got_BTV[row, :length], expected_BTV[row, :length], rtol=1e-5, atol=1e-5)
-
-    lengths = list(prefills)
-    for num_tokens in chunks:
-        attend = CachedAttend(cache, first_row, lengths, num_tokens)
-        got_BTV = model(ids_BT.gather(1, attend.positions_BT), attend.positions_BT, attend)
-        for row, length in enumerate(lengths):
-            want_TV = expected_BTV[row, length : length + num_tokens]
-            torch.testing.assert_close(got_BTV[row], want_TV, rtol=1e-5, atol=1e-5)
-            lengths[row] += num_tokens
-
-
-def test_moved_row_holds_the_same_tokens() -> None:
-    cache = KVCache(MODELS[2].config, rows=3, slots=4, device=CPU, dtype=torch.float32)
-    for cached in (*cache.keys, *cache.values):
-        cached.normal_()
-    cache.move(2, 0, 3)
-    for cached in (*cache.keys, *cache.values):
-        assert cached[0, :3].equal(cached[2, :3])
-        assert not cached[0, 3].equal(cached[2, 3])
+    attend = PagedAttend(pool, tables, starts, counts, num_padding=num_padding, alone=alone)
+    with torch.inference_mode():
+        o_NHK = attend(1, q_1NHK, new[:1], new[1:])[0]
+    assert attend.positions_1N[0, : sum(counts)].tolist() == [s + n for s, c in pieces for n in range(c)]
+    first = 0
+    for text, count in zip(texts, counts, strict=True):
+        expected_THK = naive(q_1NHK[0, first : first + count], *text)
+        torch.testing.assert_close(o_NHK[first : first + count], expected_THK, rtol=1e-5, atol=1e-5)
+        first += count
 
 
 def test_too_little_memory_is_the_users_to_mend() -> None:
-    with pytest.raises(InputError, match=r"cache for 8 sequences of 1000000000000 tokens takes .* GB, more than cpu"):
-        KVCache(MODELS[4].config, rows=8, slots=10**12, device=CPU, dtype=torch.float32)
+    with pytest.raises(InputError, match=r"cache for 1,600,000,000,000 tokens takes .* GB, more than cpu"):
+        KVPool(shape(4), num_blocks=10**11, block_size=16, device=CPU, dtype=torch.float32)

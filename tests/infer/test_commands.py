@@ -17,8 +17,8 @@ from puna.infer.chat import Chat, ChatConfig
 from puna.infer.engine import Engine
 from puna.infer.generate import GenerateConfig
 from puna.infer.load import EngineConfig
+from puna.infer.request import Delta
 from puna.infer.sampling import SamplingParams
-from puna.infer.sequence import Delta
 from puna.runtime.errors import InputError
 
 ON_CPU = EngineConfig(device="cpu", num_threads=1, max_rows=2)

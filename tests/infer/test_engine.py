@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from puna.infer.config import EngineConfig
 from puna.infer.engine import Engine
+from puna.infer.request import open_decoder
 from puna.infer.sampling import SamplingParams
-from puna.infer.sequence import open_decoder
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
@@ -59,7 +60,7 @@ def test_every_schedule_equals_recomputation(
     model: Transformer, tokenizer: Tokenizer, schedule: list[Request], max_rows: int
 ) -> None:
     """Batch compositions, admission orders, reused rows and cancellations leave each sequence's tokens alone."""
-    engine = Engine(model, tokenizer, max_rows=max_rows)
+    engine = Engine(model, tokenizer, EngineConfig(max_rows=max_rows))
     running = []
     for time in range(200):
         for request in [request for request in schedule if request.arrival == time]:
@@ -153,8 +154,8 @@ def test_a_gpu_agrees(model: Transformer, tokenizer: Tokenizer) -> None:
     twin = Transformer(model.config)
     twin.load_state_dict(model.state_dict())
     prompts = [[1, 2, 3], [7] * 9, [4]]
-    on_cpu = Engine(model, tokenizer, max_rows=2).generate(prompts, GREEDY)
-    on_gpu = Engine(twin.cuda(), tokenizer, max_rows=2).generate(prompts, GREEDY)
+    on_cpu = Engine(model, tokenizer, EngineConfig(max_rows=2)).generate(prompts, GREEDY)
+    on_gpu = Engine(twin.cuda(), tokenizer, EngineConfig(max_rows=2)).generate(prompts, GREEDY)
     for ours, theirs in zip(on_gpu, on_cpu, strict=True):
         assert [e.logprob for e in ours.logprobs] == pytest.approx([e.logprob for e in theirs.logprobs], abs=1e-3)
 
@@ -215,7 +216,8 @@ def test_cancelling_frees_the_row(engine: Engine) -> None:
     engine.cancel(running[0])
     engine.cancel(running[0])
     engine.cancel(waiting[0])
-    engine.step()
+    for _ in range(2):
+        engine.step()
     assert waiting[1].finish_reason == "length"
     assert (running[0].finish_reason, waiting[0].finish_reason, waiting[0].ids) == ("cancelled", "cancelled", [])
     assert running[1].finish_reason is None
@@ -276,9 +278,9 @@ def test_prompts_that_cannot_be_continued(engine: Engine, prompt: list[int], mes
 
 def test_what_does_not_fit_together(model: Transformer, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"max_context is 257, but .* at most the 256 tokens"):
-        Engine(model, tokenizer, max_context=257)
+        Engine(model, tokenizer, EngineConfig(max_context=257))
     with pytest.raises(InputError, match="max_rows is 0"):
-        Engine(model, tokenizer, max_rows=0)
+        Engine(model, tokenizer, EngineConfig(max_rows=0))
     small = Transformer(replace(model.config, vocab_size=100))
     with pytest.raises(InputError, match="260 ids and the model only 100"):
         Engine(small, tokenizer)

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from puna.infer.sampling import Sampler, SamplingParams
+from puna.infer.sampling import Penalties, Sampler, SamplingParams
 from puna.runtime.errors import InputError
 
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def test_broken_logits_are_not_sampled() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; it has to be at least 1, or absent"),
+        ({"max_tokens": -1}, "max_tokens is -1; it has to be at least 0, or absent"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
@@ -120,3 +121,44 @@ def test_broken_logits_are_not_sampled() -> None:
 def test_wrong_parameters_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(SamplingParams(), **change)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    ids=st.lists(st.integers(0, 9), max_size=6),
+    repetition=st.floats(0.5, 2),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    bias=st.lists(st.tuples(st.integers(0, 9), st.floats(-100, 100)), max_size=3),
+    seed=st.integers(0, 2**31),
+)
+def test_penalties_by_the_book(
+    prompt: list[int],
+    ids: list[int],
+    repetition: float,
+    presence: float,
+    frequency: float,
+    bias: list[tuple[int, float]],
+    seed: int,
+) -> None:
+    """Repetition as `transformers` has it; presence and frequency by the formula in OpenAI's documentation."""
+    logits_V = torch.randn(10, generator=torch.Generator().manual_seed(seed)) * 3
+    params = SamplingParams(
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=tuple(bias),
+    )
+    expected_V = logits_V.clone()
+    for token_id, value in bias:
+        expected_V[token_id] += value
+    expected_V = RepetitionPenaltyLogitsProcessor(repetition)(torch.tensor([[*prompt, *ids]]), expected_V[None])[0]
+    for token_id in range(10):
+        count = ids.count(token_id)
+        expected_V[token_id] -= count * frequency + float(count > 0) * presence
+    for noted in range(len(ids) + 1):
+        penalties = Penalties(params, prompt, ids[:noted], vocab_size=10, device=CPU)
+        for token_id in ids[noted:]:
+            penalties.note(token_id)
+        torch.testing.assert_close(penalties.adjusted(logits_V), expected_V, rtol=1e-5, atol=1e-4)

@@ -14,6 +14,7 @@ from puna.batches.chat import write_chat_shards
 from puna.batches.packing import PackedRows
 from puna.batches.shards import TokenShards
 from puna.evaluate.likelihood import total_nats
+from puna.infer.config import EngineConfig
 from puna.infer.engine import Engine
 from puna.infer.sampling import SamplingParams
 from puna.model.config import LlamaConfig, RopeScaling
@@ -100,7 +101,7 @@ def test_training_evaluation_and_export_agree(model: Transformer, tokenizer: Tok
 
 def test_serving_reports_what_training_computes(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model", tokenizer=tokenizer)
-    engine = Engine(load_model(tmp_path / "model"), tokenizer, max_rows=3, max_context=256)
+    engine = Engine(load_model(tmp_path / "model"), tokenizer, EngineConfig(max_rows=3, max_context=256))
     prompts = [render_chat(tokenizer, c["messages"][:-1], add_generation_prompt=True).ids for c in CONVERSATIONS]
     params = SamplingParams(max_tokens=20, temperature=0.8, seed=3, logprobs=0, ignore_eos=True)
     together = engine.generate(prompts, params)

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from puna.runtime.errors import InputError
-from puna.runtime.files import atomic_path, read_json, read_jsonl, write_json, write_jsonl, write_text
+from puna.runtime.files import atomic_path, read_documents, read_json, read_jsonl, write_json, write_jsonl, write_text
 from puna.runtime.manifest import FILE_NAME, Manifest, code_version, content_hash
 from puna.runtime.seeds import derive_seed
 
@@ -134,3 +136,22 @@ def test_seeds_depend_on_every_part() -> None:
     assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2)
     assert len({derive_seed(1, "a", 2), derive_seed(1, "a", 3), derive_seed(1, "b", 2), derive_seed(1, "a2")}) == 4
     assert 0 <= derive_seed("x") < 2**63
+
+
+def test_documents_are_read_from_parquet_and_json_lines_alike(tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": "one", "score": 1.5}, {"id": "b", "text": "two"}]
+    for number, row in enumerate(rows):
+        pq.write_table(pa.Table.from_pylist([row, {"id": None}]).slice(0, 1), tmp_path / f"part-{number}.parquet")
+    write_jsonl(tmp_path / "all.jsonl", rows)
+    assert list(read_documents(tmp_path / "all.jsonl")) == rows
+    assert list(read_documents(tmp_path)) == rows, "Parquet files go before JSON Lines in a folder"
+    assert list(read_documents(tmp_path / "part-1.parquet")) == rows[1:]
+    (tmp_path / "part-1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"part-1\.parquet is not a whole Parquet file"):
+        list(read_documents(tmp_path))
+    curated = tmp_path / "curated"
+    (curated / "documents").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"Did you mean .*documents\?"):
+        list(read_documents(curated))
+    with pytest.raises(InputError, match="does not exist"):
+        list(read_documents(tmp_path / "absent"))

@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from puna.infer.config import EngineConfig
 from puna.infer.engine import Engine
-from puna.infer.sequence import Sequence
+from puna.infer.request import Request
 from puna.model.config import LlamaConfig
 from puna.model.initialize import initialize
 from puna.model.transformer import Transformer
@@ -31,12 +32,12 @@ class WatchedEngine(Engine):
     widest = 0
     broken = False
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> list[Request]:
         if self.broken:
             self.broken = False
             raise RuntimeError("a fault on purpose")
         updated = super().step()
-        self.widest = max(self.widest, len(self._active))
+        self.widest = max(self.widest, len(self.scheduler.running))
         return updated
 
 
@@ -79,7 +80,7 @@ def model_directory(model: Transformer, tokenizer: Tokenizer, tmp_path_factory: 
 
 @pytest.fixture(scope="module")
 def served(model: Transformer, tokenizer: Tokenizer) -> Iterator[Served]:
-    engine = WatchedEngine(model, tokenizer, max_rows=4)
+    engine = WatchedEngine(model, tokenizer, EngineConfig(max_rows=4))
     with closing(listen("127.0.0.1", 0)) as listener:
         server = Server(build_app(engine, "tiny"), seconds_to_finish=0.2)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

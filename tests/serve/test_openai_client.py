@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
 
 from puna.infer.engine import Engine
 from puna.infer.sampling import SamplingParams
@@ -57,7 +58,11 @@ def test_streamed_chat_equals_the_whole(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(**request)
     chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.model_dump(exclude={"prompt_tokens_details"}) == whole.usage.model_dump(
+        exclude={"prompt_tokens_details"}
+    )
+    # Full blocks of 16 tokens were computed by the first request.
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens // 16 * 16
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert whole.choices[0].message.content != whole.choices[1].message.content
     for choice in whole.choices:
@@ -118,6 +123,56 @@ def test_completion_logprobs_and_stream(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
     assert [t for chunk in chunks for t in chunk.choices[0].logprobs.tokens] == choice.logprobs.tokens
     assert [o for chunk in chunks for o in chunk.choices[0].logprobs.text_offset] == choice.logprobs.text_offset
+
+
+def test_the_prompts_logprobs_can_be_measured(client: openai.OpenAI, model) -> None:
+    """As evaluation harnesses ask for them: the prompt back, with its log-probabilities, and no answer."""
+    ids = [256, *b"hello"]
+    request = {"model": "tiny", "prompt": ids, "max_tokens": 0, "logprobs": 1, "echo": True}
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+    for number in range(2):  # the second time the prompt is in the cache
+        [choice] = client.completions.create(**request).choices
+        assert (choice.text, choice.finish_reason) == ("hello", "length")
+        assert choice.logprobs.tokens == ["<|begin_of_text|>", *"hello"]
+        assert choice.logprobs.token_logprobs[0] is None
+        assert choice.logprobs.top_logprobs[0] is None
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(
+            [expected[t, ids[t + 1]].item() for t in range(5)], abs=1e-5
+        ), number
+    request |= {"max_tokens": 3, "temperature": 0, "extra_body": FREE}
+    [choice] = client.completions.create(**request).choices
+    chunks = list(client.completions.create(**request, stream=True))
+    assert len(choice.logprobs.tokens) == 9
+    assert choice.text.startswith("hello")
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    assert [t for chunk in chunks for t in chunk.choices[0].logprobs.tokens] == choice.logprobs.tokens
+
+
+def test_penalties_and_bias(client: openai.OpenAI, model, tokenizer) -> None:
+    request = {"model": "tiny", "prompt": "x", "temperature": 0, "max_tokens": 12, "extra_body": FREE}
+
+    def text(**more) -> str:
+        return client.completions.create(**request | more).choices[0].text
+
+    assert text(logit_bias={"113": 100}) == "q" * 12
+    penalties = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"113": 3, "114": -2}}
+    params = SamplingParams(
+        12,
+        temperature=0,
+        presence_penalty=1.5,
+        frequency_penalty=0.5,
+        repetition_penalty=1.3,
+        logit_bias=((113, 3.0), (114, -2.0)),
+        ignore_eos=True,
+    )
+    [expected] = Engine(model, tokenizer).generate([[256, *b"x"]], params)
+    extra = FREE | {"repetition_penalty": 1.3}
+    assert text(**penalties, extra_body=extra) == expected.text
+    stopped = client.completions.create(
+        **request | {"logit_bias": {"113": 100}, "extra_body": {"stop_token_ids": [113]}}
+    )
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == ("", "stop")
 
 
 def test_stop_string(client: openai.OpenAI) -> None:

@@ -16,7 +16,10 @@ MESSAGES = [{"role": "user", "content": "Hi!"}]
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported; leave it out or send 0"),
+        ({"service_tier": "flex"}, "service_tier", "not supported; leave it out or send 'auto' or send 'default'"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "match pattern"),
+        ({"logit_bias": {"260": 1}}, "logit_bias", "260 is not a token"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"temprature": 1}, "temprature", "Did you mean temperature?"),
@@ -48,7 +51,6 @@ def test_refused_chat(post, body: dict[str, Any], param: str, message: str) -> N
         ({"prompt": 3}, "prompt", "valid string; or Input should be a valid list"),
         ({"prompt": []}, "prompt", "at least 1 item"),
         ({"prompt": [300]}, "prompt", "300 is not a token"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "cannot be combined with logprobs"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
         ({"prompt": "x", "best_of": 4}, "best_of", "not supported; leave it out or send 1"),
         ({"prompt": "x", "messages": MESSAGES}, "messages", "no parameter messages"),

@@ -1,0 +1,159 @@
+"""The computing half of a step: from a plan in integers to logits.
+
+Shapes: N tokens of a forward, side by side in one row; D model dimension, V vocabulary, R rows that are sampled.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna.infer.cache import KVPool, PagedAttend
+from puna.infer.request import Request, TokenLogprob
+from puna.infer.scheduler import Plan
+from puna.infer.sequence import Sequence
+from puna.model.transformer import Linear, Transformer
+
+_REPORTED_AT_ONCE = 64
+"""Prompt tokens whose logits, over the whole vocabulary, are in memory at the same time."""
+
+
+class ModelRunner:
+    """Runs the model over a plan's tokens: pieces of prompts and decoding sequences in one forward.
+
+    Args:
+        chunk: compute in a way that makes a sequence's results independent of all others (batch-invariant). Each piece
+            of a prompt is then a forward of its own, filled up to this many tokens, and the decoding sequences are
+            another, filled up to `max_rows`: a matrix product of one shape treats all rows alike.
+    """
+
+    def __init__(
+        self, model: Transformer, pool: KVPool, *, max_rows: int, max_context: int, chunk: int | None = None
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._max_rows = max_rows
+        self._chunk = chunk
+        # The sequences' blocks, kept from step to step: only what is new is written.
+        self._tables = np.zeros((max_rows, -(-max_context // pool.block_size) + 1), dtype=np.int64)
+        self._rows: dict[Sequence, int] = {}
+
+    def run(self, plan: Plan) -> tuple[list[Request], Tensor]:
+        """Compute what is planned.
+
+        Log-probabilities of prompts go straight to the requests that asked for them.
+
+        Returns:
+            The requests of which all tokens are computed now, one for each token that it can be given (a request with
+            a draft has several: one after each token of it, and one after the last), and the logits [R, V] for those.
+        """
+        planned = cast(dict[Request, int], plan)
+        order = sorted(planned, key=lambda request: _order(request, planned[request]))
+        if self._chunk is None:
+            return self._forward(order, [planned[request] for request in order], fill=None)
+        num_decoding = sum(planned[request] == 1 for request in order)
+        groups = [order[:num_decoding]] if num_decoding else []
+        groups += [[request] for request in order[num_decoding:]]
+        sampled: list[Request] = []
+        logits: list[Tensor] = []
+        for group in groups:
+            fill = self._max_rows if planned[group[0]] == 1 else self._chunk
+            requests, logits_RV = self._forward(group, [planned[request] for request in group], fill=fill)
+            sampled += requests
+            logits.append(logits_RV)
+        return sampled, torch.cat(logits)
+
+    def _forward(
+        self, requests: SequenceOf[Request], counts: SequenceOf[int], fill: int | None
+    ) -> tuple[list[Request], Tensor]:
+        """One forward over `counts` new tokens of each request, filled up to `fill` tokens."""
+        ids: list[int] = []
+        sampled: list[Request] = []
+        picked: list[int] = []  # positions in the forward
+        asking: list[tuple[Request, int, int]] = []
+        for request, count in zip(requests, counts, strict=True):
+            start = request.num_computed
+            known = request.tokens[start : start + count]
+            if request.params.prompt_logprobs is not None and start + 1 < request.num_prompt:
+                asking.append((request, len(ids), count))
+            ids += known
+            ids += request.draft[: count - len(known)]
+            if start + count >= request.length:
+                num_logits = start + count - request.length + 1
+                sampled += [request] * num_logits
+                picked += range(len(ids) - num_logits, len(ids))
+        num_padding = 0 if fill is None else fill - len(ids)
+        ids += [0] * num_padding
+        tables = self._tables[self._table_rows(requests)]
+        starts = [request.num_computed for request in requests]
+        alone = fill is not None
+        attend = PagedAttend(self._pool, tables, starts, counts, num_padding=num_padding, alone=alone)
+        decoding = max(counts) == 1
+
+        def head(h_1ND: Tensor, output: Linear) -> Tensor:
+            for request, first, count in asking:
+                _report_prompt(request, h_1ND[0, first : first + count], output)
+            if alone and decoding:
+                filled_NV: Tensor = output(h_1ND[0])
+                return filled_NV[picked]
+            logits_RV: Tensor = output(h_1ND[0] if len(picked) == len(ids) else h_1ND[0, picked])
+            return logits_RV
+
+        ids_1N = torch.tensor([ids], device=self._pool.device)
+        logits_RV = self._model(ids_1N, attend.positions_1N, attend, head)
+        return sampled, logits_RV
+
+    def _table_rows(self, requests: Iterable[Request]) -> list[int]:
+        """Rows of the requests in the table of blocks, brought up to date."""
+        rows = []
+        for request in requests:
+            row = self._rows.get(request)
+            if row is None:
+                row = self._new_row(request)
+            if request.stale_from < len(request.blocks):
+                self._tables[row, request.stale_from : len(request.blocks)] = request.blocks[request.stale_from :]
+                request.stale_from = len(request.blocks)
+            rows.append(row)
+        return rows
+
+    def _new_row(self, request: Request) -> int:
+        if len(self._rows) == self._max_rows:
+            # Whoever owns no blocks does not run; it starts afresh if it comes back.
+            self._rows = {other: row for other, row in self._rows.items() if other.blocks}
+        row = next(row for row in range(self._max_rows) if row not in self._rows.values())
+        self._rows[request] = row
+        request.stale_from = 0
+        return row
+
+
+def _order(request: Request, count: int) -> tuple[int, int]:
+    """Decoding sequences first, by length, then beginnings of prompts, then what goes on."""
+    if count == 1:
+        return 0, request.num_computed
+    return (1 if request.num_computed == 0 else 2), 0
+
+
+def _report_prompt(request: Request, h_ND: Tensor, output: Linear) -> None:
+    """Add the log-probabilities of the prompt tokens that follow those whose hidden states are given."""
+    first = request.num_computed + 1
+    follow = request.tokens[first : min(first + len(h_ND), request.num_prompt)]
+    done = len(request.prompt_logprobs) - request.num_computed  # after a preemption
+    assert request.params.prompt_logprobs is not None
+    for start in range(max(done, 0), len(follow), _REPORTED_AT_ONCE):
+        ids = follow[start : start + _REPORTED_AT_ONCE]
+        logits_NV: Tensor = output(h_ND[start : start + len(ids)])
+        request.prompt_logprobs += report(logits_NV, ids, [request.params.prompt_logprobs] * len(ids))
+
+
+def report(logits_NV: Tensor, ids: SequenceOf[int], num_likeliest: SequenceOf[int]) -> list[TokenLogprob]:
+    """Each token's log-probability, and those of the likeliest tokens at its place."""
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+    chosen_N = logprobs_NV.gather(1, torch.tensor(ids, device=logits_NV.device)[:, None]).squeeze(1).tolist()
+    best_N, ids_N = (part.tolist() for part in logprobs_NV.topk(min(max(num_likeliest), logprobs_NV.shape[1])))
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(top_ids, top, strict=True))[:count])
+        for token_id, logprob, top_ids, top, count in zip(ids, chosen_N, ids_N, best_N, num_likeliest, strict=True)
+    ]
