@@ -5,7 +5,6 @@ block before it, so a prompt that begins like an earlier text takes over that te
 Kwon et al. 2023, arXiv:2309.06180, section 4.3).
 """
 
-import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable
 
@@ -16,9 +15,6 @@ Key = tuple[Hashable, tuple[int, ...]]
 
 Names are never used twice, so equal keys mean equal texts; nothing rests on hashes being different.
 """
-
-
-_FORGOTTEN_AT_ONCE = 32
 
 
 class BlockManager:
@@ -111,7 +107,8 @@ class BlockManager:
             # A neighbour of the block before is liked best: what lies side by side can be read without a copy.
             block = blocks[-1] + 1 if blocks else -1
             if block not in self._free or self._keys[block] is not None:
-                block = self._next_free()
+                block = next(iter(self._free))
+            self._forget(block)
             self._own(block)
             blocks.append(block)
         return True
@@ -156,22 +153,11 @@ class BlockManager:
             self._free[block] = None
             self._free.move_to_end(block, last=self._keys[block] is not None)
 
-    def _next_free(self) -> int:
-        """The free block to be taken next. Where all are remembered, some are forgotten, the oldest first.
-
-        Several at once, in the order in which they lie, so that what takes their place lies side by side again.
-        """
-        block = next(iter(self._free))
-        if self._keys[block] is None:
-            return block
-        oldest = sorted(itertools.islice(self._free, _FORGOTTEN_AT_ONCE))
-        for block in reversed(oldest):
-            key = self._keys[block]
-            if key is not None:
-                del self._by_key[key]
-                self._keys[block] = None
-            self._free.move_to_end(block, last=False)
-        return oldest[0]
+    def _forget(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None:
+            del self._by_key[key]
+            self._keys[block] = None
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Assert that the books are consistent.
