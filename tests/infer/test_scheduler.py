@@ -63,7 +63,7 @@ class Traffic(RuleBasedStateMachine):
     )
     def submit(self, prompt: list[int], max_tokens: int, priority: int, reads_cache: bool) -> None:
         capacity = self.blocks.num_blocks * self.blocks.block_size
-        new = sequence(prompt[: capacity - 8], max_tokens, priority=priority, reads_cache=reads_cache)
+        new = sequence(prompt[: max(capacity - 8, 1)], max_tokens, priority=priority, reads_cache=reads_cache)
         if self.blocks.blocks_for(new.worst_length) > self.blocks.num_blocks:
             return
         self.scheduler.add(new)
