@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 from puna.config import apply_overrides, read_toml
@@ -26,7 +27,7 @@ def test_readme_commands_exist() -> None:
     assert words <= {*STAGES, "run", "config", "inspect"}
     for recipe, settings in re.findall(r"puna run (recipes/\S+)((?: --set \S+)*)", readme):
         values = read_toml(ROOT / recipe)
-        apply_overrides(values, re.findall(r"--set (\S+)", settings))
+        apply_overrides(values, [word for word in shlex.split(settings) if word != "--set"])
         plan(values, recipe)
 
 
