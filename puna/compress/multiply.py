@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.kernels.forward import NativeMap, applicable
+from puna.kernels.forward import multiply as native_product
+
 if TYPE_CHECKING:
     from puna.compress.linear import QuantizedLinear
 
@@ -40,8 +43,7 @@ def dequantized(x_MK: Tensor, layer: "QuantizedLinear") -> Tensor:
     """The readable twin of all: the weights as floats, and the activations rounded if the scheme says so."""
     if layer.quantization.activations == "int8":
         quants_MK, scale_M1 = round_activations(x_MK)
-        exact_MN = quants_MK.double() @ layer.integers().double().T
-        return (exact_MN * scale_M1 * layer.weight_scale.double().T).to(x_MK.dtype)
+        return F.linear(quants_MK.double() * scale_M1, layer.dequantize(torch.float64)).to(x_MK.dtype)
     return F.linear(x_MK, layer.dequantize(x_MK.dtype))
 
 
@@ -51,6 +53,20 @@ def round_activations(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     scale_M1 = wide_MK.abs().amax(1, keepdim=True) / 127
     safe_M1 = torch.where(scale_M1 == 0, torch.ones_like(scale_M1), scale_M1)
     return (wide_MK / safe_M1).round().to(torch.int8), scale_M1
+
+
+def native_map(layer: "QuantizedLinear") -> NativeMap | None:
+    """The layer as the native kernels read it, without its bias; None where they do not."""
+    quantization = layer.quantization
+    weights = layer.weight_int8 if quantization.kind == "int8" else layer.weight_packed
+    readable = quantization.activations == "int8" and quantization.symmetric and applicable(weights, layer.weight_scale)
+    return NativeMap(weights, layer.weight_scale) if readable else None
+
+
+def _native_product(x_MK: Tensor, layer: "QuantizedLinear") -> Tensor:
+    weights = native_map(layer)
+    assert weights is not None
+    return native_product(x_MK, weights).to(x_MK.dtype)
 
 
 def _int8_product(x_MK: Tensor, layer: "QuantizedLinear") -> Tensor:
@@ -95,6 +111,7 @@ def _whole_tiles(layer: "QuantizedLinear") -> bool:
 
 
 WAYS = (
+    Way(lambda x, layer: native_map(layer) is not None, _native_product),
     Way(lambda x, layer: _on_cpu(x, layer, "int8", "int8"), _int8_product),
     Way(lambda x, layer: _few_bfloat16(x) and _on_cpu(x, layer, "int8", "float"), _int8_packed),
     Way(lambda x, layer: _few_bfloat16(x) and _on_cpu(x, layer, "int4", "float") and _whole_tiles(layer), _int4_packed),

@@ -28,8 +28,8 @@ class Quantization:
     """With int4: whether integers stand for scale * q; otherwise for scale * (q - zero point), which fits groups better
     that lie to one side of zero."""
     activations: Literal["float", "int8"] = "float"
-    """With int8: int8 rounds each token's activations to integers too, so that the product is one of integers: faster
-    for many tokens at once, a little less exact."""
+    """int8 rounds each token's activations to integers too, so that the product is one of integers: several times
+    faster on a CPU, a little less exact."""
     keep: tuple[str, ...] = ("output",)
     """Modules that stay as they are, by name with wildcards: "output" is the projection to the vocabulary, "layers.0.*"
     all of the first layer. The embedding, the norms and the biases always stay."""
@@ -41,8 +41,6 @@ class Quantization:
             raise ValueError(f"group_size is {self.group_size}; it has to be one of {GROUP_SIZES}.")
         if self.kind == "int8" and not self.symmetric:
             raise ValueError("symmetric = false is for int4; int8 loses nothing by being symmetric.")
-        if self.kind == "int4" and self.activations != "float":
-            raise ValueError('activations = "int8" is for int8 weights.')
 
     @property
     def inputs_per_scale(self) -> int | None:

@@ -32,7 +32,7 @@ class NativeDocumentAttend:
     """
 
     def __init__(self, documents_BT: Tensor) -> None:
-        self._documents_BT = documents_BT
+        self.documents_BT, self.causal = documents_BT, True
         self._other: DocumentAttend | None = None
         first = torch.ones_like(documents_BT, dtype=torch.bool)
         first[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
@@ -43,7 +43,7 @@ class NativeDocumentAttend:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         if q_BTHK.dtype is not torch.float32 or q_BTHK.shape[-1] % 16:
-            self._other = self._other or DocumentAttend(self._documents_BT)
+            self._other = self._other or DocumentAttend(self.documents_BT)
             other: Tensor = self._other(layer, q_BTHK, k_BTGK, v_BTGK)
             return other
         o_NHK: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]

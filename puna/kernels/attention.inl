@@ -64,26 +64,14 @@ static void product(const float *weight, long row, long step, const float *m, lo
 }
 
 // to[k, j] = from[j, k] for j < count, k < size, a multiple of WIDTH; further columns up to padded(count) are zero.
-// A square of vectors is transposed by interleaving its halves, as often as WIDTH can be halved.
 static void transpose(const float *from, long from_row, long count, long size, float *to) {
     const long width = padded(count);
-    Integers low, high;
-    for (int i = 0; i < WIDTH; i++) low[i] = i / 2 + i % 2 * WIDTH, high[i] = low[i] + WIDTH / 2;
     for (long j = 0; j < width; j += WIDTH)
         for (long k = 0; k < size; k += WIDTH) {
-            Vector square[WIDTH], next[WIDTH];
+            Vector square[WIDTH];
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++) square[i] = j + i < count ? load(from + (j + i) * from_row + k) : Vector{};
-#pragma GCC unroll 4
-            for (int half = 1; half < WIDTH; half *= 2) {
-#pragma GCC unroll 8
-                for (int i = 0; i < WIDTH / 2; i++) {
-                    next[2 * i] = __builtin_shuffle(square[i], square[i + WIDTH / 2], low);
-                    next[2 * i + 1] = __builtin_shuffle(square[i], square[i + WIDTH / 2], high);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < WIDTH; i++) square[i] = next[i];
-            }
+            transpose(square);
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++) store(to + (k + i) * width + j, square[i]);
         }

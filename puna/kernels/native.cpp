@@ -1,8 +1,14 @@
 // C interface of the kernels. Each is compiled once per instruction set; the caller says which (see library.py).
 
+#include <omp.h>
+
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -26,6 +32,39 @@ struct AttentionGradient {
     float *q, *k, *v;  // dense
 };
 
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+
+// A linear map as puna.compress stores it, or as plain floats.
+struct Map {
+    long kind, outputs, inputs;
+    long group;         // inputs that share a scale
+    long wide_scales;   // whether scales are float32, or else bfloat16
+    long y_row;         // between two rows of results
+    const void *weights, *scales;
+    const float *bias;  // or null
+};
+
+struct Layer {
+    const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;  // the last two may be null
+    Map query, key, value, output, gate, up, down;
+};
+
+// New tokens of several sequences, and the model and cache that they go through.
+struct Forward {
+    long layers, dim, heads, groups, head_size;
+    float eps;
+    const Layer *layer;
+    const float *norm, *cosines, *sines;  // the last two are [positions, head_size / 2]
+    void *const *keys, *const *values;    // of each layer [blocks, block_size, groups, head_size]
+    long block_size;
+    long wide_cache;  // whether these are float32, or else bfloat16
+    long rows, sequences;
+    float *x;            // [rows, dim]
+    const long *tables;  // for each sequence its blocks
+    long table_row;
+    const long *starts, *firsts;  // position of its first new token, and the row of it; one more for the end
+};
+
 struct Scratch {
     float *data;
     explicit Scratch(long count) : data(static_cast<float *>(aligned_alloc(64, (count * 4 + 63) / 64 * 64))) {
@@ -38,12 +77,15 @@ struct Scratch {
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,avx2")
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,fma,avx2")
 namespace avx512 {
 #define WIDTH 16
 #include "vector.inl"
 #include "attention.inl"
 #include "cross_entropy.inl"
+#include "integers.inl"
+#include "floats.inl"
+#include "decoder.inl"
 #undef WIDTH
 }  // namespace avx512
 #pragma GCC pop_options
@@ -54,6 +96,9 @@ namespace avx2 {
 #include "vector.inl"
 #include "attention.inl"
 #include "cross_entropy.inl"
+#include "integers.inl"
+#include "floats.inl"
+#include "decoder.inl"
 #undef WIDTH
 }  // namespace avx2
 #pragma GCC pop_options
@@ -63,6 +108,9 @@ namespace portable {
 #include "vector.inl"
 #include "attention.inl"
 #include "cross_entropy.inl"
+#include "integers.inl"
+#include "floats.inl"
+#include "decoder.inl"
 #undef WIDTH
 }  // namespace portable
 
@@ -76,7 +124,7 @@ extern "C" {
 int puna_level() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
         return AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
@@ -114,5 +162,21 @@ void puna_cross_entropy(int level, float *logits, long rows, long vocabulary, co
     if (level == AVX2) return avx2::cross_entropy(logits, rows, vocabulary, labels, losses);
 #endif
     portable::cross_entropy(logits, rows, vocabulary, labels, losses);
+}
+
+void puna_multiply(int level, const Map *map, const float *x, long rows, float *y) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::multiply_alone(*map, x, rows, y);
+    if (level == AVX2) return avx2::multiply_alone(*map, x, rows, y);
+#endif
+    portable::multiply_alone(*map, x, rows, y);
+}
+
+void puna_forward(int level, const Forward *forward) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::forward(*forward);
+    if (level == AVX2) return avx2::forward(*forward);
+#endif
+    portable::forward(*forward);
 }
 }

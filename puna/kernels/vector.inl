@@ -4,10 +4,34 @@
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef int Integers __attribute__((vector_size(4 * WIDTH)));
+typedef unsigned short Halves __attribute__((vector_size(2 * WIDTH)));
+typedef signed char Bytes __attribute__((vector_size(WIDTH)));
 typedef Vector Unaligned __attribute__((aligned(4), may_alias));
+typedef Integers UnalignedIntegers __attribute__((aligned(1), may_alias));
+typedef Halves UnalignedHalves __attribute__((aligned(2), may_alias));
+typedef Bytes UnalignedBytes __attribute__((aligned(1), may_alias));
 
 static inline Vector load(const float *at) { return *reinterpret_cast<const Unaligned *>(at); }
 static inline void store(float *at, Vector value) { *reinterpret_cast<Unaligned *>(at) = value; }
+static inline Integers load_integers(const void *at) { return *static_cast<const UnalignedIntegers *>(at); }
+static inline void store_integers(void *at, Integers value) { *static_cast<UnalignedIntegers *>(at) = value; }
+
+// bfloat16 is the upper half of a float.
+static inline Vector load(const unsigned short *at) {
+    return (Vector)(__builtin_convertvector(*reinterpret_cast<const UnalignedHalves *>(at), Integers) << 16);
+}
+static inline void store(unsigned short *at, Vector value) {  // to the nearest, ties to even
+    Integers bits = (Integers)value;
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    *reinterpret_cast<UnalignedHalves *>(at) = __builtin_convertvector(bits, Halves);
+}
+static inline float widen(float value) { return value; }
+static inline float widen(unsigned short value) {
+    const int bits = value << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
 
 // e^x for x <= 0, to about one unit in the last place; below -87 it is 1e-38 instead of smaller.
 // Cody and Waite's reduction by powers of two, then a polynomial of degree six (Cephes expf).
@@ -29,14 +53,38 @@ static inline Vector exponential(Vector x) {
 
 static inline long padded(long count) { return (count + WIDTH - 1) / WIDTH * WIDTH; }
 
-static inline float sum_of(Vector v) {
-    float total = 0;
-    for (int i = 0; i < WIDTH; i++) total += v[i];
-    return total;
+// The lanes of a vector, added up by halves.
+template <typename V>
+static inline auto sum_of(V v) {
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half; half /= 2) {
+        Integers other;
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++) other[i] = i ^ half;
+        v += __builtin_shuffle(v, other);
+    }
+    return v[0];
 }
 
 static inline float largest_of(Vector v) {
     float best = v[0];
     for (int i = 1; i < WIDTH; i++) best = v[i] > best ? v[i] : best;
     return best;
+}
+
+// Transposes WIDTH vectors: their halves are interleaved as often as WIDTH can be halved.
+static inline void transpose(Vector (&square)[WIDTH]) {
+    Integers low, high;
+    for (int i = 0; i < WIDTH; i++) low[i] = i / 2 + i % 2 * WIDTH, high[i] = low[i] + WIDTH / 2;
+#pragma GCC unroll 4
+    for (int half = 1; half < WIDTH; half *= 2) {
+        Vector next[WIDTH];
+#pragma GCC unroll 8
+        for (int i = 0; i < WIDTH / 2; i++) {
+            next[2 * i] = __builtin_shuffle(square[i], square[i + WIDTH / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(square[i], square[i + WIDTH / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++) square[i] = next[i];
+    }
 }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from puna.compress.linear import QuantizedLinear
 from puna.compress.multiply import WAYS, dequantized, multiply, round_activations
 from puna.compress.quantization import Quantization
+from puna.kernels.library import native_library
 from puna.model.transformer import Linear
 from puna.runtime.errors import InputError
 
@@ -19,8 +20,13 @@ KINDS = [
     Quantization("int4", group_size=32),
     Quantization("int4", group_size=64, symmetric=False),
     Quantization("int4", group_size=128),
+    Quantization("int4", group_size=32, activations="int8"),
+    Quantization("int4", group_size=64, activations="int8"),
+    Quantization("int4", group_size=128, activations="int8"),
+    Quantization("int4", group_size=64, activations="int8", symmetric=False),
 ]
 IDS = ["int8", "int8 activations", "int4 g32", "int4 g64 zero points", "int4 g128"]
+IDS += ["int4 g32 activations", "int4 g64 activations", "int4 g128 activations", "int4 zero points activations"]
 
 
 def linear(inputs, outputs, dtype=torch.float32, bias=False, seed=0):
@@ -68,7 +74,9 @@ def test_which_way_is_taken():
         x = torch.zeros(rows, 128, dtype=dtype)
         return next(way for way in WAYS if way.takes(x, layer)).multiply.__name__
 
-    assert way(500, torch.float32, Quantization("int8", activations="int8")) == "_int8_product"
+    if native_library() is not None:
+        assert way(500, torch.float32, Quantization("int8", activations="int8")) == "_native_product"
+        assert way(1, torch.bfloat16, Quantization("int4", activations="int8")) == "_native_product"
     assert way(1, torch.bfloat16, Quantization("int8")) == "_int8_packed"
     assert way(1, torch.bfloat16, Quantization("int4")) == "_int4_packed"
     assert way(1, torch.bfloat16, Quantization("int4"), outputs=20) == "dequantized"
@@ -97,7 +105,6 @@ def test_repacked_weights_are_not_kept_over_a_change():
         ({"kind": "int8", "group_size": 64}, "group_size is for int4"),
         ({"kind": "int4", "group_size": 48}, "one of"),
         ({"kind": "int8", "symmetric": False}, "symmetric = false is for int4"),
-        ({"kind": "int4", "activations": "int8"}, "for int8 weights"),
     ],
 )
 def test_settings_that_do_not_belong_together(options, message):
