@@ -286,7 +286,7 @@ static inline void finish(const Rounded &a, long r, const Map &map, long n, long
     }
 }
 
-constexpr long FEW = 3;  // rows for which laying out panels does not pay
+constexpr long FEW = 4;  // rows for which laying out panels does not pay
 
 template <int ROWS, int OUTPUTS, typename Scale>
 static inline void inner_tile(const Rounded &a, long r, const Map &map, long n, float *y, bool add) {
@@ -308,6 +308,7 @@ static void inner_rows(const Rounded &a, const Map &map, long n, float *y, bool 
     case 1: return inner_tile<1, OUTPUTS, Scale>(a, 0, map, n, y, add);
     case 2: return inner_tile<2, OUTPUTS, Scale>(a, 0, map, n, y, add);
     case 3: return inner_tile<3, OUTPUTS, Scale>(a, 0, map, n, y, add);
+    case 4: return inner_tile<4, OUTPUTS, Scale>(a, 0, map, n, y, add);
     }
 }
 

@@ -53,17 +53,24 @@ static inline Vector exponential(Vector x) {
 
 static inline long padded(long count) { return (count + WIDTH - 1) / WIDTH * WIDTH; }
 
-// The lanes of a vector, added up by halves.
+// Each lane plus the one that is HALF, HALF / 2, ... lanes away.
+template <int HALF, typename V>
+static inline V add_halves(V v) {
+    if constexpr (HALF > 0) {
+#if WIDTH == 16
+        constexpr Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif WIDTH == 8
+        constexpr Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+        constexpr Integers lanes = {0, 1, 2, 3};
+#endif
+        return add_halves<HALF / 2>(v + __builtin_shuffle(v, lanes ^ HALF));
+    }
+    return v;
+}
 template <typename V>
 static inline auto sum_of(V v) {
-#pragma GCC unroll 4
-    for (int half = WIDTH / 2; half; half /= 2) {
-        Integers other;
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++) other[i] = i ^ half;
-        v += __builtin_shuffle(v, other);
-    }
-    return v[0];
+    return add_halves<WIDTH / 2>(v)[0];
 }
 
 static inline float largest_of(Vector v) {
