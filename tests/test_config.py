@@ -1,5 +1,6 @@
 """Configuration: what is valid is read, what is not is explained."""
 
+import dataclasses
 import itertools
 import json
 import tomllib
@@ -242,7 +243,7 @@ def check_values(kind: type[Any], values: dict[str, Any]) -> None:
     """Each value by itself, since what is required is absent."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and dataclasses.is_dataclass(hints[key]):
             check_values(hints[key], value)
         else:
             pydantic.TypeAdapter(hints[key]).validate_json(json.dumps(value), strict=True)

@@ -4,7 +4,7 @@ Shapes: N tokens of a forward, B sequences, T tokens of each, S slots that a que
 heads, J query heads per key/value head (H / G), K head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,13 @@ from puna.model.attend import Attend, causal
 from puna.model.config import LlamaConfig
 from puna.runtime.errors import InputError
 
+_FEW = 16
+"""At most so many new tokens a sequence, equally many each, are computed for several sequences together: what decodes,
+and what checks guesses."""
+
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Of the types that need scales, the largest number that is used."""
+
 _SPREAD = 256
 """Sequences share a padded gather where the longest has at most twice the shortest's tokens, and this many more."""
 
@@ -27,11 +34,13 @@ class KVPool:
     """Room for `num_blocks` blocks of `block_size` tokens each, taken once, and one more for what nobody reads.
 
     Args:
-        dtype: in which keys and values are stored.
+        dtype: in which keys and values are stored. As int8 or float8_e4m3fn they have a scale for each token and head
+            (`quantize`).
         activations: the dtype of the queries that meet them; `dtype` where absent.
 
     Attributes:
         keys, values: for each layer a tensor [num_blocks + 1, block_size, G, K].
+        key_scales, value_scales: for each layer [num_blocks + 1, block_size, G], where there are scales.
 
     Raises:
         InputError: the device has not enough memory.
@@ -48,23 +57,80 @@ class KVPool:
         activations: torch.dtype | None = None,
     ) -> None:
         self.activations = activations or dtype
+        self.dtype = dtype
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
         shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
 
-        def room() -> list[Tensor]:
+        scaled = dtype in LARGEST_CODE
+
+        def room(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
             # Zeros, as a masked slot still counts with weight 0, and 0 times an uninitialised NaN is NaN.
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
 
         try:
-            self.keys, self.values = room(), room()
+            self.keys, self.values = room(shape, dtype), room(shape, dtype)
+            self.key_scales = room(shape[:-1], torch.bfloat16) if scaled else []
+            self.value_scales = room(shape[:-1], torch.bfloat16) if scaled else []
         except (RuntimeError, MemoryError) as error:
             gigabytes = num_blocks * block_size * kv_bytes_per_token(config, dtype.itemsize) / 1e9
             raise InputError(
                 f"The cache for {num_blocks * block_size:,} tokens takes {gigabytes:.1f} GB, more than {device} has "
                 "free. Lower the context length, the number of rows, or cache_tokens."
             ) from error
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return sum(x.nbytes for x in (*self.keys, *self.values, *self.key_scales, *self.value_scales))
+
+    def write(self, layer: int, slots_N: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values of new tokens; returns them as they will be read, in `activations`."""
+        k_NGK = self._store(self.keys[layer], self.key_scales[layer : layer + 1], slots_N, k_NGK)
+        return k_NGK, self._store(self.values[layer], self.value_scales[layer : layer + 1], slots_N, v_NGK)
+
+    def _store(self, stored: Tensor, scales: list[Tensor], slots_N: Tensor, x_NGK: Tensor) -> Tensor:
+        if not scales:
+            codes_NGK = x_NGK.to(self.dtype)
+            stored.flatten(0, 1).index_copy_(0, slots_N, codes_NGK)
+            return codes_NGK.to(self.activations)
+        codes_NGK, scales_NG = quantize(x_NGK, self.dtype)
+        # As bytes, because few operations know float8.
+        stored.view(torch.uint8).flatten(0, 1).index_copy_(0, slots_N, codes_NGK.view(torch.uint8))
+        scales[0].flatten(0, 1).index_copy_(0, slots_N, scales_NG)
+        return dequantize(codes_NGK, scales_NG, self.activations)
+
+    def read(self, layer: int, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values in `activations`.
+
+        Args:
+            choose: takes what is wanted out of a tensor [num_blocks + 1, block_size, ...].
+        """
+        k, v = self.keys[layer], self.values[layer]
+        if not self.key_scales:
+            return choose(k).to(self.activations), choose(v).to(self.activations)
+        k_codes, v_codes = (choose(codes.view(torch.uint8)).view(self.dtype) for codes in (k, v))
+        k_scales, v_scales = choose(self.key_scales[layer]), choose(self.value_scales[layer])
+        return dequantize(k_codes, k_scales, self.activations), dequantize(v_codes, v_scales, self.activations)
+
+
+def quantize(x_NGK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [N, G, K] in int8 or float8_e4m3fn, and their scales [N, G] in bfloat16: x is about code times scale.
+
+    A head's largest magnitude gets about the largest code. The scale is rounded first, so that its rounding costs no
+    precision: an int8 code is off by at most half a unit.
+    """
+    largest = LARGEST_CODE[dtype]
+    scales_NG = (x_NGK.float().abs().amax(-1) / largest).bfloat16()
+    wide_NG1 = scales_NG.float()[..., None]
+    scaled_NGK = torch.where(wide_NG1 > 0, x_NGK.float() / wide_NG1, 0).clamp(-largest, largest)
+    return (scaled_NGK.round() if dtype is torch.int8 else scaled_NGK).to(dtype), scales_NG
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes times scales, in `dtype`."""
+    return codes.to(dtype) * scales.to(dtype)[..., None]
 
 
 class PagedAttend:
@@ -82,6 +148,7 @@ class PagedAttend:
 
     Attributes:
         positions_1N: the position of each token, which the forward needs as well.
+        pool, tables, starts, counts, num_padding, alone: as given.
 
     Example:
         attend = PagedAttend(pool, tables, [7, 0], [1, 5])  # one sequence decodes, one prompt begins
@@ -98,7 +165,9 @@ class PagedAttend:
         num_padding: int = 0,
         alone: bool = False,
     ) -> None:
-        self._pool = pool
+        self.pool = pool
+        self.tables, self.starts, self.counts = tables, starts, counts
+        self.num_padding, self.alone = num_padding, alone
         size = pool.block_size
         if max(counts) == 1:
             rows_N = np.arange(len(starts))
@@ -117,16 +186,16 @@ class PagedAttend:
         self._whole = len(self._parts) == 1 and not num_padding
 
     def __call__(self, layer: int, q_1NHK: Tensor, k_1NGK: Tensor, v_1NGK: Tensor) -> Tensor:
-        keys, values = self._pool.keys[layer], self._pool.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self._slots_N, k_1NGK[0].to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, self._slots_N, v_1NGK[0].to(values.dtype))
+        # Whether it comes from the cache or is new, a token is seen as it is stored.
+        k_NGK, v_NGK = self.pool.write(layer, self._slots_N, k_1NGK[0], v_1NGK[0])
+        k_1NGK, v_1NGK = k_NGK[None], v_NGK[None]
         if self._whole:
-            return self._parts[0].attend(layer, q_1NHK, k_1NGK, v_1NGK, keys, values)
+            return self._parts[0].attend(layer, q_1NHK, k_1NGK, v_1NGK, self.pool)
         o_1NHK = torch.zeros_like(q_1NHK)
         for part in self._parts:
             # Copies, because results depend on how the memory is aligned, if only in their last bit.
             q, k, v = (x[:, part.tokens].clone() for x in (q_1NHK, k_1NGK, v_1NGK))
-            o_1NHK[:, part.tokens] = part.attend(layer, q, k, v, keys, values)
+            o_1NHK[:, part.tokens] = part.attend(layer, q, k, v, self.pool)
         return o_1NHK
 
 
@@ -137,7 +206,7 @@ class _Fresh:
     tokens: slice
     context: Attend
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pool: KVPool) -> Tensor:
         return self.context(layer, q, k, v)
 
 
@@ -155,9 +224,9 @@ class _Cached:
     source: slice | Tensor
     mask: Tensor | None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pool: KVPool) -> Tensor:
         q_BTHK = q.view(self.num_sequences, -1, *q.shape[2:])
-        k_BGSK, v_BGSK = (self._read(x).to(q.dtype).transpose(1, 2) for x in (keys, values))
+        k_BGSK, v_BGSK = (x_BSGK.transpose(1, 2) for x_BSGK in pool.read(layer, self._choose))
         num_groups = k_BGSK.shape[1]
         if q_BTHK.shape[1] > 1:
             o_BHTK = F.scaled_dot_product_attention(
@@ -170,7 +239,7 @@ class _Cached:
         o_BGJK = F.scaled_dot_product_attention(q_BGJK, k_BGSK, v_BGSK, attn_mask=self.mask)
         return o_BGJK.flatten(1, 2).unsqueeze(0)
 
-    def _read(self, cached: Tensor) -> Tensor:
+    def _choose(self, cached: Tensor) -> Tensor:
         if isinstance(self.source, slice):
             return cached.flatten(0, 1)[self.source].unsqueeze(0)
         gathered = cached.index_select(0, self.source)
@@ -180,7 +249,7 @@ class _Cached:
 def _parts(
     pool: KVPool, tables: NDArray[np.int64], starts: Sequence[int], counts: Sequence[int], alone: bool
 ) -> "list[_Fresh | _Cached]":
-    """What to compute together. Sequences that decode are best given sorted by length."""
+    """What to compute together. Sequences with equally many new tokens are best given sorted by length."""
     parts: list[_Fresh | _Cached] = []
     first_token = first = 0
     while first < len(starts):
@@ -205,10 +274,11 @@ def _parts(
 
 
 def _together(first: int, other: int, starts: Sequence[int], counts: Sequence[int]) -> bool:
-    if counts[first] > 1:
-        return starts[first] == starts[other] == 0 and counts[other] > 1
+    fresh = counts[first] > 1 and starts[first] == 0, counts[other] > 1 and starts[other] == 0
+    if any(fresh):
+        return all(fresh)
     near = max(starts[first], starts[other]) <= 2 * min(starts[first], starts[other]) + _SPREAD
-    return counts[other] == 1 and near
+    return counts[first] == counts[other] <= _FEW and near
 
 
 def _cached(pool: KVPool, tables: NDArray[np.int64], tokens: slice, ends: Sequence[int], num_tokens: int) -> _Cached:
@@ -218,9 +288,9 @@ def _cached(pool: KVPool, tables: NDArray[np.int64], tokens: slice, ends: Sequen
     mask = None
     if num_tokens > 1 or min(ends) < num_slots:
         seen_BT = np.array(ends)[:, None] - np.arange(num_tokens)[::-1]
-        hidden = np.arange(num_slots) >= seen_BT[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=pool.activations, device=device)
-        mask.masked_fill_(torch.from_numpy(hidden).to(device), -torch.inf)
+        scores = np.zeros((len(ends), 1, num_tokens, num_slots), dtype=np.float32)
+        scores[np.arange(num_slots) >= seen_BT[:, None, :, None]] = -np.inf
+        mask = torch.from_numpy(scores).to(device, pool.activations)
     if len(blocks) == 1 and (np.diff(blocks[0]) == 1).all():
         begin = int(blocks[0, 0]) * size
         return _Cached(tokens, 1, num_slots, slice(begin, begin + num_slots), mask)

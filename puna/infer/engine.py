@@ -3,25 +3,42 @@
 Shapes: R rows that are sampled, V vocabulary.
 """
 
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from puna.infer.adapters import Adapters
 from puna.infer.blocks import BlockManager
 from puna.infer.cache import KVPool
 from puna.infer.config import EngineConfig
+from puna.infer.constrain import Constraints, Matcher, check_support
+from puna.infer.reload import replace_weights
 from puna.infer.request import Completion, Delta, Request, TokenLogprob, open_decoder
 from puna.infer.runner import ModelRunner, report
 from puna.infer.sampling import Penalties, Sampler, SamplingParams
 from puna.infer.scheduler import Scheduler
+from puna.infer.speculate import open_speculator
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
 
 DEFAULT_MAX_CONTEXT = 4096
+
+_CACHE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+}
+
+_COMPILING_SECONDS = 0.05
+"""How long a step waits for a constraint where there is nothing else to do."""
 
 _INVARIANT_CHUNK_BLOCKS = 4
 """Blocks in a piece of a prompt in batch-invariant mode."""
@@ -36,6 +53,7 @@ class Engine:
         model: loaded, on the device where it shall compute, in the dtype in which it shall.
         tokenizer: the model's own.
         config: how much at once. Where and in what precision it computes is the model's affair here (`load_engine`).
+        guesser: the smaller model, where `config.speculation` asks for one.
 
     Raises:
         InputError: the model and the tokenizer or the context do not fit together, or the memory is too small.
@@ -45,7 +63,14 @@ class Engine:
         [completion] = engine.generate([engine.encode("Once upon a time")], SamplingParams(temperature=0))
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        guesser: Transformer | None = None,
+    ) -> None:
         limits = config or EngineConfig()
         shape = model.config
         max_context = limits.max_context
@@ -71,12 +96,12 @@ class Engine:
         self.model = model
         self.max_rows = limits.max_rows
         self.max_context = max_context
-        self._device = model.embedding.weight.device
-        dtype = model.compute_dtype or model.embedding.weight.dtype
+        self._device = model.norm.weight.device
+        dtype = model.compute_dtype or model.norm.weight.dtype
         size = limits.block_size
         # A text's last block may be partly empty.
         num_blocks = -(-cache_tokens // size) + (limits.max_rows if limits.cache_tokens is None else 1)
-        chunk = _INVARIANT_CHUNK_BLOCKS * size if limits.batch_invariant else None
+        chunk = _chunk(limits)
         blocks = BlockManager(
             num_blocks, size, share=limits.prefix_cache, share_step=chunk or 1, share_answers=chunk is None
         )
@@ -87,14 +112,30 @@ class Engine:
             chunk=chunk,
             overcommit=limits.overcommit,
         )
-        pool = KVPool(shape, num_blocks=num_blocks, block_size=size, device=self._device, dtype=dtype)
-        self._runner = ModelRunner(model, pool, max_rows=limits.max_rows, max_context=max_context, chunk=chunk)
-        self._weight_version = 0
+        self.pool = KVPool(
+            shape,
+            num_blocks=num_blocks,
+            block_size=size,
+            device=self._device,
+            dtype=_CACHE_DTYPES.get(limits.cache_dtype, dtype),
+            activations=dtype,
+        )
+        self.adapters = Adapters(model)
+        for name, directory in limits.adapters.items():
+            self.adapters.load(name, directory)
+        self._limits = limits
+        self._guesser = guesser
+        self._open_runner()
+        self.weight_version = 0
         self._penalties: dict[Request, Penalties] = {}
+        self._constraints: Constraints | None = None  # made for the first request that needs it
+        self._compiling: dict[Request, Future[Matcher]] = {}
+        self._matchers: dict[Request, Matcher] = {}
         self._sampled: list[Request] = []
         self._sampler = Sampler([], self._device)  # for exactly those
         # Rows of a padded embedding, and holes in the vocabulary, stand for no text and are never chosen.
         absent = [i for i in range(shape.vocab_size) if not _is_token(tokenizer, i)]
+        self.absent_ids = frozenset(absent)
         self._absent_ids = torch.tensor(absent, device=self._device) if absent else None
 
     def encode(self, text: str) -> list[int]:
@@ -130,8 +171,13 @@ class Engine:
         """See whether parameters suit this model.
 
         Raises:
-            InputError: they put a bias on an id that is no token.
+            InputError: they put a bias on an id that is no token, name an adapter that is not loaded, or constrain what
+                cannot be (`check_support`). What a constraint says is looked at later: the request then fails.
         """
+        if params.constraint is not None:
+            check_support(self.tokenizer)
+        if params.adapter is not None:
+            self.adapters.check(params.adapter)
         self._check_ids([token_id for token_id, _ in params.logit_bias])
 
     def _check_ids(self, ids: SequenceOf[int]) -> None:
@@ -159,12 +205,14 @@ class Engine:
         """
         self.check(prompt_ids, params)
         room = self.max_context - len(prompt_ids)
+        adapter = self.adapters.acquire(params.adapter)
         request = Request(
             tokens=list(prompt_ids),
             num_prompt=len(prompt_ids),
             max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             priority=priority,
-            namespace=self._namespace,
+            namespace=(self.weight_version, adapter),
+            adapter=adapter,
             reads_cache=params.prompt_logprobs is None,
             params=params,
             stop_ids=self.stop_ids(params),
@@ -174,7 +222,11 @@ class Engine:
             self._penalties[request] = Penalties(
                 params, prompt_ids, [], vocab_size=self.model.config.vocab_size, device=self._device
             )
-        self.scheduler.add(request)
+        if params.constraint is None:
+            self.scheduler.add(request)
+        else:
+            self._constraints = self._constraints or Constraints(self.tokenizer, self.model.config.vocab_size)
+            self._compiling[request] = self._constraints.compile(params.constraint)
         return request
 
     def cancel(self, request: Request) -> None:
@@ -183,10 +235,53 @@ class Engine:
             request.finish("cancelled")
             self._release(request)
 
+    def load_weights(self, source: Mapping[str, Tensor] | Path) -> None:
+        """Put other weights into the model, in place, between two steps.
+
+        What runs or waits goes on with them: texts keep the tokens that they have, whose keys and values are computed
+        anew. Nothing that was computed with earlier weights is taken from the cache afterwards. Log-probabilities of a
+        prompt are all from the same weights: the new ones, unless its answer has begun.
+
+        Args:
+            source: tensors by the model's own names (`Transformer.state_dict`), or a model directory.
+
+        Raises:
+            InputError: they do not fit the model (`replace_weights`). Nothing has changed then.
+        """
+        replace_weights(self.model, source)
+        self._open_runner()
+        self.weight_version += 1
+        unfinished = cast(list[Request], self.scheduler.preempt_all())
+        for request in (*unfinished, *self._compiling):
+            request.namespace = (self.weight_version, request.adapter)
+            if not request.num_generated:
+                request.prompt_logprobs.clear()
+
+    def _open_runner(self) -> None:
+        """What computes; it may keep copies of weights, in an order of its own."""
+        limits, blocks = self._limits, self.scheduler.blocks
+        self._runner = ModelRunner(
+            self.model,
+            self.pool,
+            max_rows=self.max_rows,
+            max_context=self.max_context,
+            chunk=_chunk(limits),
+            adapters=self.adapters,
+        )
+        self.speculator = open_speculator(
+            limits,
+            self.model,
+            self.pool,
+            blocks,
+            self.adapters,
+            max_context=self.max_context,
+            guesser=self._guesser,
+        )
+
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
-        return self.scheduler.idle
+        return self.scheduler.idle and not self._compiling
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -194,12 +289,15 @@ class Engine:
 
         Returns the requests with new text or an end, for `Request.take`.
         """
+        failed = self._take_compiled() if self._compiling else []
+        if self.speculator is not None:
+            self.speculator.propose(cast(list[Request], self.scheduler.running))
         plan = self.scheduler.plan()
         if not plan:
-            return []
+            return failed
         sampled, logits_RV = self._runner.run(plan)
         for sequence, num_tokens in plan.items():
-            self.scheduler.advance(sequence, num_tokens)
+            self.scheduler.advance(sequence, min(num_tokens, sequence.num_pending))
         read = [request for request in sampled if request.max_tokens == 0]
         for request in read:
             request.finish("length")
@@ -209,7 +307,8 @@ class Engine:
             sampled, logits_RV = [sampled[i] for i in kept], logits_RV[kept]
         if sampled:
             self._append(sampled, logits_RV)
-        return [request for request in (*read, *sampled) if request.has_news]
+        # With a draft a request has several rows.
+        return [request for request in dict.fromkeys((*failed, *read, *sampled)) if request.has_news]
 
     def generate(
         self,
@@ -228,7 +327,8 @@ class Engine:
             finished: called once for each prompt that is done, for showing progress.
 
         Raises:
-            InputError: a prompt cannot be submitted (the message says which); nothing was generated then.
+            InputError: a prompt cannot be submitted (the message says which); nothing was generated then. Or every
+                request has failed, as with a constraint that is refused. Where only some fail, see `Completion.error`.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = []
@@ -247,6 +347,8 @@ class Engine:
         finally:
             for request in requests:
                 self.cancel(request)
+        if requests and all(request.finish_reason == "failed" for request in requests):
+            raise InputError(requests[0].error)
         return [request.completion() for request in requests]
 
     def stream(
@@ -255,7 +357,7 @@ class Engine:
         """Complete one prompt piece by piece, beginning when the first is asked for. Closing gives it up.
 
         Raises:
-            InputError: see `check`.
+            InputError: see `check`; and, when a piece is asked for, that the request has failed.
         """
         self.check(prompt_ids, params)
         return self._follow(prompt_ids, params, new_text)
@@ -267,44 +369,112 @@ class Engine:
         try:
             while request.finish_reason is None:
                 self.step()
+                if request.finish_reason == "failed":
+                    raise InputError(request.error)
                 if request.has_news:
                     yield request.take()
         finally:
             self.cancel(request)
 
-    @property
-    def _namespace(self) -> Hashable:
-        return (self._weight_version,)
+    def _take_compiled(self) -> list[Request]:
+        """Queue the requests whose constraints are ready; returns those whose constraints are refused."""
+        if self.scheduler.idle:
+            wait(self._compiling.values(), _COMPILING_SECONDS, FIRST_COMPLETED)
+        failed = []
+        for request in [request for request, future in self._compiling.items() if future.done()]:
+            compiled = self._compiling.pop(request)
+            if (error := compiled.exception()) is not None:
+                request.fail(str(error))
+                self._release(request)
+                failed.append(request)
+            else:
+                self._matchers[request] = compiled.result().copy()
+                self.scheduler.add(request)
+        return failed
 
     def _append(self, sampled: list[Request], logits_RV: Tensor) -> None:
         """Choose each request's next token, and let those go that it finishes."""
         if sampled != self._sampled:
             self._sampled, self._sampler = sampled, Sampler([r.params for r in sampled], self._device)
         allowed_RV = self._allowed(sampled, logits_RV)
-        chosen = self._sampler(allowed_RV, [request.draw() for request in sampled]).tolist()
+        uniforms = [request.draw(ahead) for request, ahead in zip(sampled, _ahead(sampled), strict=True)]
+        if self.speculator is None:
+            chosen = self._sampler(allowed_RV, uniforms).tolist()
+        else:
+            chosen = self._sampler(allowed_RV, uniforms, partial(self.speculator.revise, sampled)).tolist()
         logprobs = _logprobs(sampled, logits_RV, chosen)
-        for i, (request, token_id) in enumerate(zip(sampled, chosen, strict=True)):
-            if request in self._penalties:
-                self._penalties[request].note(token_id)
-            request.append(token_id, logprobs.get(i))
+        first = 0
+        while first < len(sampled):
+            request, num_accepted = sampled[first], 0
+            end = first + len(request.draft) + 1
+            for i, guess in enumerate([*request.draft, None], start=first):
+                if request.finish_reason is not None:
+                    break
+                self._take(request, chosen[i], logprobs.get(i))
+                if chosen[i] != guess:
+                    break
+                num_accepted += 1
+            if self.speculator is not None and request.draft:
+                self.scheduler.advance(request, num_accepted)
+                self.speculator.settle(request, num_accepted)
             if request.finish_reason is not None:
                 self._release(request)
+            first = end
+
+    def _take(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> None:
+        """Make a chosen token part of a request, which that may finish."""
+        if request in self._penalties:
+            self._penalties[request].note(token_id)
+        request.append(token_id, logprob)
+        if request in self._matchers and request.finish_reason != "stop":
+            self._matchers[request].note(token_id)
+            if self._matchers[request].finished:
+                request.finish("stop")
 
     def _allowed(self, sampled: list[Request], logits_RV: Tensor) -> Tensor:
         """The logits after biases and penalties, minus infinity where a token is out of the question."""
         allowed_RV = logits_RV
         if self._absent_ids is not None:
             allowed_RV = allowed_RV.index_fill(1, self._absent_ids, -torch.inf)
-        adjusting = [i for i, request in enumerate(sampled) if request in self._penalties] if self._penalties else []
-        if adjusting:
-            allowed_RV = allowed_RV.float() if allowed_RV is not logits_RV else logits_RV.float().clone()
-            for i in adjusting:
-                allowed_RV[i] = self._penalties[sampled[i]].adjusted(allowed_RV[i])
+        if not self._penalties and not self._matchers:
+            return allowed_RV
+        allowed_RV = allowed_RV.float()
+        if allowed_RV is logits_RV:
+            allowed_RV = logits_RV.clone()  # the model's own are reported
+        for i, (request, ahead) in enumerate(zip(sampled, _ahead(sampled), strict=True)):
+            if request in self._penalties:
+                allowed_RV[i] = self._penalties[request].adjusted(allowed_RV[i], request.draft[:ahead])
+            if request in self._matchers:
+                matcher = self._matchers[request]
+                fitting_V = matcher.allowed()
+                if matcher.error or not fitting_V.any():
+                    request.fail(f"The answer cannot go on: {matcher.error or 'no token fits'}")
+                else:
+                    allowed_RV[i].masked_fill_(torch.from_numpy(~fitting_V).to(self._device), -torch.inf)
         return allowed_RV
 
     def _release(self, request: Request) -> None:
         self.scheduler.remove(request)
+        self.adapters.release(request.adapter)
         self._penalties.pop(request, None)
+        self._compiling.pop(request, None)
+        self._matchers.pop(request, None)
+        if self.speculator is not None:
+            self.speculator.forget(request)
+
+
+def _chunk(limits: EngineConfig) -> int | None:
+    """Tokens in a piece of a prompt, where that is fixed."""
+    return _INVARIANT_CHUNK_BLOCKS * limits.block_size if limits.batch_invariant else None
+
+
+def _ahead(sampled: list[Request]) -> Generator[int, None, None]:
+    """For each row, how many guesses stand before its token."""
+    ahead, previous = 0, None
+    for request in sampled:
+        ahead = ahead + 1 if request is previous else 0
+        previous = request
+        yield ahead
 
 
 def _logprobs(sampled: list[Request], logits_RV: Tensor, chosen: list[int]) -> dict[int, TokenLogprob]:

@@ -58,6 +58,8 @@ def main(config: GenerateConfig) -> None:
             print(json.dumps(_as_json(prompt, completion), ensure_ascii=False))
         else:
             print(f"{prompt}{completion.text}\n")
+            if completion.error:
+                print(f"The text above is not complete. {completion.error}", file=sys.stderr)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -105,6 +107,8 @@ def _as_json(prompt: str, completion: Completion) -> dict[str, Any]:
         "num_prompt_tokens": completion.num_prompt_tokens,
         "ids": completion.ids,
     }
+    if completion.error:
+        line["error"] = completion.error
     if completion.logprobs:
         line["logprobs"] = [asdict(token) for token in completion.logprobs]
     return line

@@ -1,7 +1,7 @@
 """The engine in five calls, for scripts and notebooks: `from puna import LLM`."""
 
 import difflib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, overload
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.infer.beam import BeamParams, beam_search
 from puna.infer.engine import Engine
+from puna.infer.hidden import hidden_states
 from puna.infer.load import EngineConfig, load_engine
 from puna.infer.request import Completion, Delta, TokenLogprob
 from puna.infer.sampling import SamplingParams
-from puna.kernels.attend import document_attend
-from puna.model.transformer import Linear
 from puna.runtime.errors import InputError
 from puna.runtime.seeds import derive_seed
 from puna.tokenizer.chat import render_chat
@@ -147,6 +147,26 @@ class LLM:
         ids = self._rendered(cast(Conversation, prompt)) if talks else self._ids(cast(Prompt, prompt))
         return self.engine.stream(ids, _changed(params or SamplingParams(), changes), new_text=talks)
 
+    def beam_search(
+        self, prompts: Sequence[Prompt], params: BeamParams | None = None, *, n: int = 1, **changes: Any
+    ) -> list[Output]:
+        """The likeliest texts that go on from each prompt, as far as a search with a few beams finds them.
+
+        Args:
+            params: how many beams, how long, and what texts are compared by.
+            n: how many of the texts found to return for each prompt, best first; at most `num_beams`.
+            changes: single parameters by name, such as num_beams = 8; see `BeamParams`.
+
+        Raises:
+            InputError: a parameter does not exist or is impossible, or a prompt does not fit (the message says which).
+        """
+        chosen = _changed(params or BeamParams(), changes)
+        if not 1 <= n <= chosen.num_beams:
+            raise InputError(f"n is {n}; it has to be at least 1, and at most num_beams, which is {chosen.num_beams}.")
+        several = [self._ids(prompt) for prompt in prompts]
+        found = beam_search(self.engine, several, chosen)
+        return [Output(tuple(ids), tuple(texts[:n])) for ids, texts in zip(several, found, strict=True)]
+
     @overload
     def score(self, texts: str, *, top: int = ...) -> Score: ...  # type: ignore[overload-overlap]
 
@@ -169,45 +189,63 @@ class LLM:
         return scores[0] if isinstance(texts, str) else scores
 
     def embed(
-        self, texts: Sequence[Prompt], *, pooling: Literal["mean", "last"] = "mean", normalize: bool = True
+        self,
+        texts: Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        layer: int | None = None,
+        normalize: bool = True,
     ) -> Tensor:
-        """A vector for each text, [N, D] in float32 on the CPU, from the hidden states before the output projection.
+        """A vector for each text, [N, D] in float32 on the CPU, from its tokens' hidden states.
 
         Args:
             pooling: the mean over a text's tokens, or the state of its last one.
+            layer: whose states; absent is what the output projection reads. See `hidden_states`.
             normalize: scale each vector to length 1.
 
         Raises:
-            InputError: a text is empty, or longer than the context.
+            InputError: a text is empty, or longer than the context; or there is no such pooling or layer.
         """
+        if pooling not in ("mean", "last"):
+            raise InputError(f'pooling is {pooling!r}; it has to be "mean" or "last".')
+        number = self.engine.model.config.num_layers if layer is None else layer
+        states = self._hidden(texts, [number])
+        vectors = [h_1TD[0].mean(0) if pooling == "mean" else h_1TD[0, -1] for h_1TD in states]
+        stacked_ND = torch.stack(vectors) if vectors else torch.empty(0, self.engine.model.config.dim)
+        return F.normalize(stacked_ND, dim=-1) if normalize else stacked_ND
+
+    def hidden_states(self, texts: Sequence[Prompt], *, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """The hidden states of each text's tokens, [layers, tokens, D] in float32 on the CPU.
+
+        Args:
+            layers: which; all where absent. 0 is what the embedding gives, i the output of the i-th layer, except that
+                the last is taken after the model's last norm, as the output projection reads it (and `transformers`
+                reports it).
+
+        Raises:
+            InputError: a text is empty, or longer than the context; or there is no such layer.
+        """
+        every = range(self.engine.model.config.num_layers + 1)
+        return list(self._hidden(texts, every if layers is None else layers))
+
+    def _hidden(self, texts: Sequence[Prompt], layers: Sequence[int]) -> Iterator[Tensor]:
+        """States on the CPU, computed for as many texts at once as the context holds."""
+        num_layers = self.engine.model.config.num_layers
+        for number in layers:
+            if not 0 <= number <= num_layers:
+                raise InputError(f"There is no layer {number}: 0 is the embedding, and {num_layers} the last layer.")
         several = [self._ids(text) for text in texts]
         for ids in several:
             self.engine.check(ids, SamplingParams(max_tokens=0))
-        vectors: list[Tensor] = []
-        group: list[Sequence[int]] = []
-        for number, ids in enumerate(several):
-            group.append(ids)
-            rest = several[number + 1 :]
-            if not rest or sum(map(len, group)) + len(rest[0]) > self.engine.max_context:
-                vectors += self._hidden_vectors(group, pooling)
-                group = []
-        stacked = torch.stack(vectors).cpu() if vectors else torch.empty(0, self.engine.model.config.dim)
-        return F.normalize(stacked, dim=-1) if normalize else stacked
-
-    @torch.inference_mode()
-    def _hidden_vectors(self, group: Sequence[Sequence[int]], pooling: str) -> list[Tensor]:
-        """One forward over texts side by side."""
-        device = self.engine.model.embedding.weight.device
-        lengths = [len(ids) for ids in group]
-        documents_1N = torch.arange(len(group)).repeat_interleave(torch.tensor(lengths))[None].to(device)
-        positions_1N = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-        ids_1N = torch.tensor([[token for ids in group for token in ids]], device=device)
-
-        def hidden(h_1ND: Tensor, output: Linear) -> Tensor:
-            return h_1ND[0].float()
-
-        h_ND: Tensor = self.engine.model(ids_1N, positions_1N, document_attend(documents_1N), hidden)
-        return [h_TD.mean(0) if pooling == "mean" else h_TD[-1] for h_TD in torch.split(h_ND, lengths)]
+        groups: list[list[list[int]]] = []
+        for ids in several:
+            if groups and sum(map(len, groups[-1])) + len(ids) <= self.engine.max_context:
+                groups[-1].append(ids)
+            else:
+                groups.append([ids])
+        for group in groups:
+            for h_LTD in hidden_states(self.engine.model, group, layers):
+                yield h_LTD.cpu()
 
     def _complete(
         self,

@@ -42,7 +42,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...]
     """One for each of `ids` where the parameters ask for them, else empty."""
     finish_reason: FinishReason | None
-    """Set on the last delta of a request, and only there."""
+    """Set on the last delta of a request, and only there. A request that has failed says why in its `error`."""
     prompt: PromptReport | None = None
     """Set on the first delta of a request, and only there."""
 
@@ -60,6 +60,8 @@ class Completion:
     finish_reason: FinishReason
     num_prompt_tokens: int
     prompt: PromptReport
+    error: str = ""
+    """Why it failed, where it did."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -69,20 +71,25 @@ class Request(Sequence):
     Attributes:
         params: how the text goes on.
         stop_ids: the ids that end it.
+        adapter: number of the adapter that it is generated with (`Adapters.acquire`), 0 for none.
         decoder: turns ids into text.
         logprobs: of the generated tokens, where asked for.
         prompt_logprobs: of the prompt's tokens from the second on, where asked for.
         text: the generated text, as far as it is certain.
+        error: why it failed, where it did.
     """
 
     params: SamplingParams
     stop_ids: frozenset[int]
+    adapter: int = 0
     decoder: StreamDecoder
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""
+    error: str = ""
     _stops: StopStrings = field(init=False)
     _random: random.Random = field(init=False)
+    _draws: list[float] = field(default_factory=list)
     _taken: tuple[int, int, int] = (0, 0, 0)
     _prompt_taken: bool = False
 
@@ -100,8 +107,15 @@ class Request(Sequence):
         """Whether `take` would return text or an end."""
         return self.finish_reason is not None or len(self.text) > self._taken[0]
 
-    def draw(self) -> float:
-        """The next number in [0, 1) of this request's own random stream."""
+    def draw(self, ahead: int = 0) -> float:
+        """The number in [0, 1) that chooses the token `ahead` places after the next; it never changes."""
+        place = self.num_generated + ahead
+        while len(self._draws) <= place:
+            self._draws.append(self._random.random())
+        return self._draws[place]
+
+    def chance(self) -> float:
+        """Another number in [0, 1) each time."""
         return self._random.random()
 
     def append(self, token_id: int, logprob: TokenLogprob | None) -> None:
@@ -125,6 +139,11 @@ class Request(Sequence):
             self.text += self._stops.flush()
         self.finish_reason = reason
 
+    def fail(self, error: str) -> None:
+        """End here, as it cannot be done."""
+        self.error = error
+        self.finish("failed")
+
     def take(self) -> Delta:
         """What is new since the last call."""
         text, ids, logprobs = self._taken
@@ -138,7 +157,9 @@ class Request(Sequence):
         """The whole of a finished request."""
         assert self.finish_reason is not None
         ids, logprobs = tuple(self.ids), tuple(self.logprobs)
-        return Completion(self.text, ids, logprobs, self.finish_reason, self.num_prompt, self._prompt_report())
+        return Completion(
+            self.text, ids, logprobs, self.finish_reason, self.num_prompt, self._prompt_report(), self.error
+        )
 
     def _prompt_report(self) -> PromptReport:
         return PromptReport(self.num_cached or 0, tuple(self.prompt_logprobs))

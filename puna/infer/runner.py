@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna.infer.adapters import Adapters
 from puna.infer.cache import KVPool, PagedAttend
+from puna.infer.native import NativeForward
 from puna.infer.request import Request, TokenLogprob
 from puna.infer.scheduler import Plan
 from puna.infer.sequence import Sequence
@@ -31,15 +33,24 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Transformer, pool: KVPool, *, max_rows: int, max_context: int, chunk: int | None = None
+        self,
+        model: Transformer,
+        pool: KVPool,
+        *,
+        max_rows: int,
+        max_context: int,
+        chunk: int | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
+        self._adapters = adapters or Adapters(model)
         self._max_rows = max_rows
         self._chunk = chunk
         # The sequences' blocks, kept from step to step: only what is new is written.
         self._tables = np.zeros((max_rows, -(-max_context // pool.block_size) + 1), dtype=np.int64)
         self._rows: dict[Sequence, int] = {}
+        self._native = NativeForward.of(model, pool, max_context)
 
     def run(self, plan: Plan) -> tuple[list[Request], Tensor]:
         """Compute what is planned.
@@ -76,6 +87,11 @@ class ModelRunner:
         asking: list[tuple[Request, int, int]] = []
         for request, count in zip(requests, counts, strict=True):
             start = request.num_computed
+            if count == 1 and start + 1 == request.length:
+                sampled.append(request)
+                picked.append(len(ids))
+                ids.append(request.tokens[start])
+                continue
             known = request.tokens[start : start + count]
             if request.params.prompt_logprobs is not None and start + 1 < request.num_prompt:
                 asking.append((request, len(ids), count))
@@ -90,7 +106,6 @@ class ModelRunner:
         tables = self._tables[self._table_rows(requests)]
         starts = [request.num_computed for request in requests]
         alone = fill is not None
-        attend = PagedAttend(self._pool, tables, starts, counts, num_padding=num_padding, alone=alone)
         decoding = max(counts) == 1
 
         def head(h_1ND: Tensor, output: Linear) -> Tensor:
@@ -102,8 +117,13 @@ class ModelRunner:
             logits_RV: Tensor = output(h_1ND[0] if len(picked) == len(ids) else h_1ND[0, picked])
             return logits_RV
 
+        numbers = [request.adapter for request in requests]
+        if self._native is not None and len(ids) <= self._native.most_tokens and not any(numbers):
+            return sampled, head(self._native(ids, tables, starts, counts), self._model.output)
+        attend = PagedAttend(self._pool, tables, starts, counts, num_padding=num_padding, alone=alone)
         ids_1N = torch.tensor([ids], device=self._pool.device)
-        logits_RV = self._model(ids_1N, attend.positions_1N, attend, head)
+        with self._adapters.selected(numbers, counts, num_padding=num_padding, alone=alone):
+            logits_RV = self._model(ids_1N, attend.positions_1N, attend, head)
         return sampled, logits_RV
 
     def _table_rows(self, requests: Iterable[Request]) -> list[int]:
@@ -123,17 +143,18 @@ class ModelRunner:
         if len(self._rows) == self._max_rows:
             # Whoever owns no blocks does not run; it starts afresh if it comes back.
             self._rows = {other: row for other, row in self._rows.items() if other.blocks}
-        row = next(row for row in range(self._max_rows) if row not in self._rows.values())
+        taken = set(self._rows.values())
+        row = next(row for row in range(self._max_rows) if row not in taken)
         self._rows[request] = row
         request.stale_from = 0
         return row
 
 
 def _order(request: Request, count: int) -> tuple[int, int]:
-    """Decoding sequences first, by length, then beginnings of prompts, then what goes on."""
+    """Decoding sequences first, by length, then beginnings of prompts, then what goes on, equal counts together."""
     if count == 1:
         return 0, request.num_computed
-    return (1 if request.num_computed == 0 else 2), 0
+    return (1, 0) if request.num_computed == 0 else (1 + count, request.num_computed)
 
 
 def _report_prompt(request: Request, h_ND: Tensor, output: Linear) -> None:

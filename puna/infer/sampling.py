@@ -4,12 +4,13 @@ Shapes: B rows, V vocabulary; a 1 in place of a letter broadcasts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from puna.infer.constrain import Constraint
 from puna.runtime.errors import InputError
 
 _USUAL_CANDIDATES = 256
@@ -44,6 +45,10 @@ class SamplingParams:
     """Taken off the logits of tokens once for each time that they occur in the answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Pairs of a token id and what is added to its logit; -100 as good as forbids a token."""
+    constraint: Constraint | None = None
+    """What the text has to look like: a JSON schema, a regular expression, a choice, a grammar."""
+    adapter: str | None = None
+    """LoRA adapter that the text is generated with, by its name in the engine; absent is the bare model."""
     seed: int | None = None
     """Makes the choice repeatable: equal prompt, parameters and seed give equal tokens. Fresh where absent."""
     stop: tuple[str, ...] = ()
@@ -117,18 +122,38 @@ class Penalties:
         self._counts_V[token_id] += 1
         self._seen_V[token_id] = True
 
-    def adjusted(self, logits_V: Tensor) -> Tensor:
-        """The logits after bias and penalties."""
-        params = self._params
+    def adjusted(self, logits_V: Tensor, guesses: Sequence[int] = ()) -> Tensor:
+        """The logits after bias and penalties, as they are when `guesses` are part of the answer."""
+        params, counts_V, seen_V = self._params, self._counts_V, self._seen_V
+        if guesses:
+            guessed = torch.tensor(guesses, device=counts_V.device)
+            counts_V = counts_V.index_add(0, guessed, torch.ones_like(guessed, dtype=counts_V.dtype))
+            seen_V = seen_V.index_fill(0, guessed, True)
         adjusted_V = logits_V.float().index_add(0, self._biased_ids, self._biases)
         if params.repetition_penalty != 1:
             factor_V = torch.where(adjusted_V > 0, 1 / params.repetition_penalty, params.repetition_penalty)
-            adjusted_V = torch.where(self._seen_V, adjusted_V * factor_V, adjusted_V)
+            adjusted_V = torch.where(seen_V, adjusted_V * factor_V, adjusted_V)
         if params.frequency_penalty:
-            adjusted_V = adjusted_V - params.frequency_penalty * self._counts_V
+            adjusted_V = adjusted_V - params.frequency_penalty * counts_V
         if params.presence_penalty:
-            adjusted_V = adjusted_V - params.presence_penalty * (self._counts_V > 0)
+            adjusted_V = adjusted_V - params.presence_penalty * (counts_V > 0)
         return adjusted_V
+
+
+def draw(probabilities_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """A token of each row, shape [B].
+
+    Args:
+        probabilities_BV: up to a factor.
+        uniforms: for each row a number in [0, 1). The row's token is where it falls when the tokens' probabilities are
+            laid end to end in the order of ids.
+    """
+    edges_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64)
+    total_B1 = edges_BV[:, -1:]
+    point_B1 = torch.tensor(uniforms, dtype=torch.float64, device=edges_BV.device)[:, None] * total_B1
+    # Rounding may lift the product to the total, which is behind the last token.
+    point_B1 = point_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
+    return torch.searchsorted(edges_BV, point_B1, right=True).squeeze(1)
 
 
 class Sampler:
@@ -151,12 +176,17 @@ class Sampler:
         self._min_p_B1 = column([p.min_p for p in params])
         self._any_min_p = any(p.min_p for p in params)
 
-    def __call__(self, logits_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
+    def __call__(
+        self,
+        logits_BV: Tensor,
+        uniforms: Sequence[float],
+        revise: Callable[[Tensor], None] = lambda probabilities_BV: None,
+    ) -> Tensor:
         """The chosen ids, shape [B].
 
         Args:
-            uniforms: for each row a number in [0, 1). The row's token is where it falls when the tokens' filtered
-                probabilities are laid end to end in the order of ids.
+            uniforms: for each row the number that draws from its filtered probabilities (`draw`).
+            revise: may change those probabilities, in place, before anything is drawn.
 
         Raises:
             FloatingPointError: a row holds NaN or infinity, so the weights or the computation are broken.
@@ -166,14 +196,9 @@ class Sampler:
             raise FloatingPointError("The model's logits are not finite: its weights are damaged, or overflowed.")
         if all(self._greedy):
             return choice_B1.squeeze(1)
-        filtered_BV = self.filter(logits_BV)
-        edges_BV = filtered_BV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        total_B1 = edges_BV[:, -1:]
-        point_B1 = torch.tensor(uniforms, dtype=torch.float64, device=edges_BV.device)[:, None] * total_B1
-        # Rounding may lift the product to the total, which is behind the last token.
-        point_B1 = point_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
-        drawn_B1 = torch.searchsorted(edges_BV, point_B1, right=True)
-        return torch.where(self._greedy_B, choice_B1.squeeze(1), drawn_B1.squeeze(1))
+        probabilities_BV = self.filter(logits_BV).softmax(dim=-1)
+        revise(probabilities_BV)
+        return torch.where(self._greedy_B, choice_B1.squeeze(1), draw(probabilities_BV, uniforms))
 
     def filter(self, logits_BV: Tensor) -> Tensor:
         """Logits over temperature, less their maximum, in float32; minus infinity where a token is ruled out."""

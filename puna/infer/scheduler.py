@@ -88,6 +88,12 @@ class Scheduler:
         sequence.draft.clear()
         self._wait(sequence)
 
+    def preempt_all(self) -> list[Sequence]:
+        """Send all that run back to wait; returns all that wait then, whether they ran or not."""
+        for sequence in reversed(self.running.copy()):
+            self.preempt(sequence)
+        return list(self._waiting)
+
     def plan(self) -> Plan:
         """What the next step computes; it has blocks for all of it.
 

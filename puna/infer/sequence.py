@@ -4,8 +4,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""A stop id or string came; `max_tokens` or the context's end was reached; the request was given up."""
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
+"""A stop id or string came, or what was demanded is complete; `max_tokens` or the context's end was reached; the
+request was given up; it could not be done (`Request.error` says why)."""
 
 
 @dataclass(slots=True, eq=False)

@@ -6,8 +6,7 @@
 // What a thread needs to know about itself.
 struct Worker {
     long number, count;
-    int *panel;           // laid-out weights, and their scales
-    float *panel_scales;
+    Bench bench;
 };
 
 // This worker's share of `count`, in multiples of `unit`.
@@ -30,9 +29,9 @@ static void multiply(const Worker &w, const Inputs &a, const Map &map, float *y,
     if (map.kind == FLOAT32) return multiply_floats<float>(a.x, a.rounded.rows, map, first, last, y, add);
     if (map.kind == BFLOAT16) return multiply_floats<unsigned short>(a.x, a.rounded.rows, map, first, last, y, add);
     if (map.wide_scales)
-        multiply_integers<float>(a.rounded, map, first, last, y, add, w.panel, w.panel_scales);
+        multiply_integers<float>(a.rounded, map, first, last, y, add, w.bench);
     else
-        multiply_integers<unsigned short>(a.rounded, map, first, last, y, add, w.panel, w.panel_scales);
+        multiply_integers<unsigned short>(a.rounded, map, first, last, y, add, w.bench);
 }
 
 // Rounds this worker's rows as `maps` want it.
@@ -222,10 +221,11 @@ static void forward(const Forward &f) {
 #pragma omp parallel
     {
         const long room_size = padded(most) * f.head_size;
-        Scratch panel(widest * PANEL / 4), panel_scales(widest / SUM * PANEL + PANEL);
+        Scratch panel(BLOCK * PANEL / 4), scales(BLOCK / SUM * PANEL), sums(rows * PANEL);
         Scratch keys(room_size), turned(room_size), values(room_size);
         Scratch scores((most ? QUERIES : 1) * padded(longest) + WIDTH);
-        const Worker w{omp_get_thread_num(), omp_get_num_threads(), reinterpret_cast<int *>(panel.data), panel_scales.data};
+        const Bench bench{reinterpret_cast<int *>(panel.data), scales.data, sums.data};
+        const Worker w{omp_get_thread_num(), omp_get_num_threads(), bench};
         const AttentionRoom room{keys.data, turned.data, values.data, scores.data};
         long first, last;
         for (long number = 0; number < f.layers; number++) {
@@ -288,8 +288,9 @@ static void multiply_alone(const Map &map, const float *x, long rows, float *y) 
     const Map *maps[] = {&map};
 #pragma omp parallel
     {
-        Scratch panel(size * PANEL / 4), scales(size / SUM * PANEL + PANEL);
-        const Worker w{omp_get_thread_num(), omp_get_num_threads(), reinterpret_cast<int *>(panel.data), scales.data};
+        Scratch panel(BLOCK * PANEL / 4), scales(BLOCK / SUM * PANEL), sums(rows * PANEL);
+        const Bench bench{reinterpret_cast<int *>(panel.data), scales.data, sums.data};
+        const Worker w{omp_get_thread_num(), omp_get_num_threads(), bench};
         round_rows(w, inputs, maps, 1);
 #pragma omp barrier
         multiply(w, inputs, map, y, false);

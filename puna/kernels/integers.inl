@@ -120,7 +120,10 @@ static inline void inner_products_8(const Rounded &a, long r, const Map &map, lo
     for (long k = 0; k < map.inputs; k += 4 * WIDTH) {
         Integers weights[OUTPUTS];
 #pragma GCC unroll 8
-        for (int o = 0; o < OUTPUTS; o++) weights[o] = load_integers(w + o * map.inputs + k) ^ same(0x80808080);
+        for (int o = 0; o < OUTPUTS; o++) {
+            weights[o] = load_integers(w + o * map.inputs + k) ^ same(0x80808080);
+            __builtin_prefetch(w + (o + OUTPUTS) * map.inputs + k);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
             const Integers values = load_integers(x + i * a.inputs + k);
@@ -147,6 +150,7 @@ static inline void inner_products_4(const Rounded &a, long r, const Map &map, lo
 #pragma GCC unroll 8
         for (int o = 0; o < OUTPUTS; o++) {
             const Integers both = load_integers(w + (o * map.inputs + k) / 2);
+            __builtin_prefetch(w + ((o + OUTPUTS) * map.inputs + k) / 2);
             low[o] = both & 0x0f0f0f0f, high[o] = both >> 4 & 0x0f0f0f0f;
             scale[o] = lane_scales<GROUP>(scales + (o * map.inputs + k) / GROUP);
         }
@@ -168,23 +172,34 @@ static inline void inner_products_4(const Rounded &a, long r, const Map &map, lo
         for (int o = 0; o < OUTPUTS; o++) y[i * y_row + o] = sum_of(sums[i][o]);
 }
 
-// A panel: the weights of PANEL outputs, each vector holding four inputs of WIDTH outputs, one byte each.
+// A panel: some inputs' weights for PANEL outputs, each vector holding four inputs of WIDTH outputs, one byte each. With
+// BLOCK inputs it stays in the nearest cache while all rows use it.
 constexpr int VECTORS = WIDTH == 16 ? 3 : 2, PANEL = VECTORS * WIDTH;
+constexpr long BLOCK = 512;
 
-// Lays out the outputs from `n` on; past the last, the last is repeated. 4-bit weights come word by word, a word's even
-// inputs before its odd ones, so that the words of a group stand together.
-template <typename Scale>
-static void fill_panel(const Map &map, long n, int *panel, float *scales) {
-    const long words = map.kind == INT8 ? map.inputs / 4 : map.inputs / 8, groups = map.inputs / map.group;
-    const int *stored = static_cast<const int *>(map.weights);
+// A worker's memory for panels.
+struct Bench {
+    int *weights;   // BLOCK * PANEL bytes
+    float *scales;  // of each group in a block, PANEL
+    float *sums;    // [rows, PANEL]; integers with 8-bit weights
+};
+
+// Lays out inputs [first, first + count) of the outputs from `n` on; past the last, the last is repeated. 4-bit weights
+// come word by word, a word's even inputs before its odd ones, so that the words of a group stand together.
+static void fill_panel(const Map &map, long n, long first, long count, int *panel) {
+    const long in_word = map.kind == INT8 ? 4 : 8, words = map.inputs / in_word, from = first / in_word;
+    // What the next call reads: further on in these rows, or the beginning of those that follow.
+    const long ahead = first + count < map.inputs ? count / in_word : PANEL * words - from;
     for (long v = 0; v < VECTORS; v++)
-        for (long word = 0; word < words; word += WIDTH) {
+        for (long word = 0; word < count / in_word; word += WIDTH) {
             Vector square[WIDTH];
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++) {
                 const long output = n + v * WIDTH + i;
-                const int *row = stored + (output < map.outputs ? output : map.outputs - 1) * words;
-                square[i] = (Vector)load_integers(row + word);
+                const int *at = static_cast<const int *>(map.weights) +
+                                (output < map.outputs ? output : map.outputs - 1) * words + from + word;
+                square[i] = (Vector)load_integers(at);
+                __builtin_prefetch(at + ahead);
             }
             transpose(square);
 #pragma GCC unroll 16
@@ -199,20 +214,44 @@ static void fill_panel(const Map &map, long n, int *panel, float *scales) {
                 }
             }
         }
-    for (long i = 0; i < PANEL; i++) {
-        const long output = n + i < map.outputs ? n + i : map.outputs - 1;
-        const Scale *row = static_cast<const Scale *>(map.scales) + output * groups;
-        for (long g = 0; g < groups; g++) scales[g * PANEL + i] = widen(row[g]);
-    }
 }
 
-// y[r * PANEL + n] for ROWS rows, without the scale of the rows.
+// The scales of groups [first, first + count) of the outputs from `n` on.
+template <typename Scale>
+static void fill_scales(const Map &map, long n, long first, long count, float *scales) {
+    const long groups = map.inputs / map.group;
+    for (long v = 0; v < VECTORS; v++)
+        for (long g = first; g < first + count; g += WIDTH) {
+            Vector square[WIDTH];
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; i++) {
+                const long output = n + v * WIDTH + i;
+                const Scale *row = static_cast<const Scale *>(map.scales) + (output < map.outputs ? output : map.outputs - 1) * groups;
+                if (g + WIDTH <= groups) {
+                    square[i] = load(row + g);
+                } else {
+                    Scale some[WIDTH] = {};
+                    memcpy(some, row + g, static_cast<unsigned long>(groups - g) * sizeof(Scale));
+                    square[i] = load(some);
+                }
+            }
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; i++)
+                if (g + i < first + count) store(scales + (g + i - first) * PANEL + v * WIDTH, square[i]);
+        }
+}
+
+// Adds the products of ROWS rows and `count` inputs from `first` on to sums[r * PANEL + n].
 template <int ROWS>
-static inline void panel_products_8(const Rounded &a, long r, const Map &map, const int *panel, const float *scales,
-                                    float *y) {
-    Integers sums[ROWS][VECTORS] = {};
-    const signed char *x = a.plain + r * a.inputs;
-    for (long k = 0; k < map.inputs; k += 4, panel += PANEL) {
+static inline void panel_products_8(const Rounded &a, long r, long first, long count, const int *panel, int *total) {
+    Integers sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) sums[i][v] = load_integers(total + i * PANEL + v * WIDTH);
+    const signed char *x = a.plain + r * a.inputs + first;
+    for (long k = 0; k < count; k += 4, panel += PANEL) {
         Integers weights[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) weights[v] = load_integers(panel + v * WIDTH);
@@ -228,31 +267,31 @@ static inline void panel_products_8(const Rounded &a, long r, const Map &map, co
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) {
-            const Integers sum = sums[i][v] - 128 * a.sum[r + i];
-            store(y + i * PANEL + v * WIDTH, __builtin_convertvector(sum, Vector) * load(scales + v * WIDTH));
-        }
+        for (int v = 0; v < VECTORS; v++) store_integers(total + i * PANEL + v * WIDTH, sums[i][v]);
 }
 
 template <int ROWS>
-static inline void panel_products_4(const Rounded &a, long r, const Map &map, const int *panel, const float *scales,
-                                    float *y) {
-    Vector totals[ROWS][VECTORS] = {};
+static inline void panel_products_4(const Rounded &a, long r, long group, long first, long count, const int *panel,
+                                    const float *scales, float *total) {
+    Vector totals[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) totals[i][v] = load(total + i * PANEL + v * WIDTH);
     const signed char *x = a.parted + r * a.inputs;
-    const long words = map.group / 8;
-    for (long g = 0; g < map.inputs / map.group; g++, scales += PANEL) {
+    const long words = group / 8;
+    for (long g = first / group; g < (first + count) / group; g++, scales += PANEL) {
         Integers sums[ROWS][VECTORS];
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
             int start = 0;
-            for (long part = 0; part < map.group / SUM; part++)
-                start += a.sums[((r + i) * a.inputs + g * map.group) / SUM + part];
+            for (long part = 0; part < group / SUM; part++) start += a.sums[((r + i) * a.inputs + g * group) / SUM + part];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) sums[i][v] = same(start);
         }
         for (long word = g * words; word < (g + 1) * words; word++)
             for (int odd = 0; odd < 2; odd++, panel += PANEL) {
-                const signed char *at = x + word / WIDTH * CHUNK + odd * (CHUNK / 2) + word % WIDTH * 4;
+                        const signed char *at = x + word / WIDTH * CHUNK + odd * (CHUNK / 2) + word % WIDTH * 4;
                 Integers weights[VECTORS];
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) weights[v] = load_integers(panel + v * WIDTH);
@@ -273,8 +312,8 @@ static inline void panel_products_4(const Rounded &a, long r, const Map &map, co
     }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; v++) store(y + i * PANEL + v * WIDTH, totals[i][v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) store(total + i * PANEL + v * WIDTH, totals[i][v]);
 }
 
 // What becomes of a row's products: scaled by the row, plus the bias, stored or added.
@@ -313,21 +352,17 @@ static void inner_rows(const Rounded &a, const Map &map, long n, float *y, bool 
 }
 
 template <int ROWS>
-static void panel_rows(const Rounded &a, long r, const Map &map, long n, const int *panel, const float *scales, float *y,
-                       bool add) {
-    float tile[ROWS * PANEL];
+static inline void panel_rows(const Rounded &a, long r, const Map &map, long first, long count, const Bench &bench) {
+    float *sums = bench.sums + r * PANEL;
     if (map.kind == INT8)
-        panel_products_8<ROWS>(a, r, map, panel, scales, tile);
+        panel_products_8<ROWS>(a, r, first, count, bench.weights, reinterpret_cast<int *>(sums));
     else
-        panel_products_4<ROWS>(a, r, map, panel, scales, tile);
-    const long count = map.outputs - n < PANEL ? map.outputs - n : PANEL;
-    for (int i = 0; i < ROWS; i++) finish(a, r + i, map, n, count, tile + i * PANEL, y, add);
+        panel_products_4<ROWS>(a, r, map.group, first, count, bench.weights, bench.scales, sums);
 }
 
-// Outputs [first, last) for all rows. `panel` takes map.inputs * PANEL bytes, `scales` PANEL floats for each group.
+// Outputs [first, last) for all rows.
 template <typename Scale>
-static void multiply_integers(const Rounded &a, const Map &map, long first, long last, float *y, bool add, int *panel,
-                              float *scales) {
+static void multiply_integers(const Rounded &a, const Map &map, long first, long last, float *y, bool add, const Bench &bench) {
     if (a.rows <= FEW) {
         long n = first;
         for (; n + 4 <= last; n += 4) inner_rows<4, Scale>(a, map, n, y, add);
@@ -336,11 +371,26 @@ static void multiply_integers(const Rounded &a, const Map &map, long first, long
     }
     constexpr int MOST = WIDTH == 16 ? 8 : 4;
     for (long n = first; n < last; n += PANEL) {
-        fill_panel<Scale>(map, n, panel, scales);
-        long r = 0;
-        if (map.kind == INT8)
-            for (; r + MOST <= a.rows; r += MOST) panel_rows<MOST>(a, r, map, n, panel, scales, y, add);
-        for (; r + 4 <= a.rows; r += 4) panel_rows<4>(a, r, map, n, panel, scales, y, add);
-        for (; r < a.rows; r++) panel_rows<1>(a, r, map, n, panel, scales, y, add);
+        for (long i = 0; i < a.rows * PANEL; i += WIDTH) store(bench.sums + i, Vector{});  // zero as an integer, too
+        for (long k = 0; k < map.inputs; k += BLOCK) {
+            const long count = k + BLOCK < map.inputs ? BLOCK : map.inputs - k;
+            fill_panel(map, n, k, count, bench.weights);
+            if (map.kind == INT4) fill_scales<Scale>(map, n, k / map.group, count / map.group, bench.scales);
+            long r = 0;
+            if (map.kind == INT8)
+                for (; r + MOST <= a.rows; r += MOST) panel_rows<MOST>(a, r, map, k, count, bench);
+            for (; r + 4 <= a.rows; r += 4) panel_rows<4>(a, r, map, k, count, bench);
+            for (; r < a.rows; r++) panel_rows<1>(a, r, map, k, count, bench);
+        }
+        const long count = map.outputs - n < PANEL ? map.outputs - n : PANEL;
+        if (map.kind == INT8) fill_scales<Scale>(map, n, 0, 1, bench.scales);
+        for (long r = 0; r < a.rows; r++) {
+            float *sums = bench.sums + r * PANEL;
+            for (long i = 0; map.kind == INT8 && i < PANEL; i += WIDTH) {
+                const Integers sum = load_integers(sums + i) - 128 * a.sum[r];
+                store(sums + i, __builtin_convertvector(sum, Vector) * load(bench.scales + i));
+            }
+            finish(a, r, map, n, count, sums, y, add);
+        }
     }
 }

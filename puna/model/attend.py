@@ -60,18 +60,21 @@ class DocumentAttend:
     Args:
         documents_BT: the document that each token belongs to; equal numbers mean the same document, and a
             document's tokens stand together.
-        causal: whether a token sees only what came before it.
+        causal: whether a token sees only what came before it; a tensor says it for each row, shape [B], bool.
     """
 
-    def __init__(self, documents_BT: Tensor, *, causal: bool = True) -> None:
+    def __init__(self, documents_BT: Tensor, *, causal: bool | Tensor = True) -> None:
+        self.documents_BT, self.causal = documents_BT, causal
         self._regrouping = None
-        if causal and documents_BT.device.type == "cpu":
+        if causal is True and documents_BT.device.type == "cpu":
             regrouping = _Regrouping.of(documents_BT)
             if regrouping.cost < documents_BT.numel() * documents_BT.shape[1]:
                 self._regrouping = regrouping
         if self._regrouping is None:
             self._mask_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-            if causal:
+            if isinstance(causal, Tensor):
+                self._mask_BTS = self._mask_BTS.tril() | (self._mask_BTS & ~causal[:, None, None])
+            elif causal:
                 self._mask_BTS = self._mask_BTS.tril()
 
     # Shapes of the regrouped form change with every batch, for each of which a compiler would compile anew.

@@ -68,6 +68,20 @@ def keep_freed_memory() -> None:
         libc.free(ctypes.c_void_p(block))
 
 
+def prefer_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask the kernel to put a large tensor that has not been written yet into pages of 2 MiB.
+
+    Reading weights once for every token is then up to twice as fast on a virtual machine, where finding the place of a
+    page of 4 KiB costs as much as reading it.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    start = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    size = (tensor.data_ptr() + tensor.nbytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second that the device could do at best in matrix products of `dtype`.
 

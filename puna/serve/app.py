@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -23,7 +24,7 @@ from puna.serve import errors
 from puna.serve.errors import ApiError
 from puna.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from puna.serve.responses import ChatReply, CompletionReply, Echo, Reply, join, model_card, usage_of
-from puna.serve.worker import EngineFailed, Job, Run, Worker
+from puna.serve.worker import EngineFailed, Job, RequestFailed, Run, Worker
 from puna.tokenizer.chat import render_chat
 
 _CLIENT_CLOSED_REQUEST = 499
@@ -35,8 +36,13 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     Args:
         engine: belongs to the application from its start-up to its shutdown.
-        name: how clients call the model.
+        name: how clients call the model; its adapters go by their own names.
+
+    Raises:
+        InputError: an adapter has the model's name.
     """
+    if name in engine.adapters.names:
+        raise InputError(f"The model and one of its adapters are both called {name!r}; choose another name for one.")
     worker = Worker(engine)
     started = int(time.time())
 
@@ -57,18 +63,18 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card(name, started)]}
+        return {"object": "list", "data": [model_card(each, started) for each in [name, *engine.adapters.names]]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        check_model(model)
-        return model_card(name, started)
+        adapter_of(model)
+        return model_card(model, started)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        check_model(body.model)
+        adapter = adapter_of(body.model)
         prompts = [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-        check_prompts(prompts, body.params(0), "prompt")
+        check_prompts(prompts, body, body.params(0), "prompt")
         echoes: list[Echo | None] = [None] * len(prompts)
         if body.echo:
             texts = [
@@ -76,35 +82,44 @@ def build_app(engine: Engine, name: str) -> FastAPI:
                 for prompt in body.prompts
             ]
             echoes = [Echo(text, ids) for text, ids in zip(texts, prompts, strict=True)]
-        choices = range(body.n or 1)
-        jobs = [Job(ids, body.params(choice), new_text=False) for ids in prompts for choice in choices]
+        choices = [replace(body.params(choice), adapter=adapter) for choice in range(body.n or 1)]
+        jobs = [Job(ids, params, new_text=False) for ids in prompts for params in choices]
         each = [echo for echo in echoes for _ in choices]
-        reply = CompletionReply(engine, name, body.params(0), len(choices), each)
+        reply = CompletionReply(engine, body.model, body.params(0), len(choices), each)
         return await respond(request, body, reply, jobs, num_prompt_tokens=sum(map(len, prompts)))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        check_model(body.model)
+        adapter = adapter_of(body.model)
         messages = [message.plain() for message in body.messages]
         try:
             ids = render_chat(engine.tokenizer, messages, add_generation_prompt=True).ids
         except InputError as error:
             raise ApiError(400, str(error), param="messages") from error
-        check_prompts([ids], body.params(0), "messages")
-        jobs = [Job(ids, body.params(choice), new_text=True) for choice in range(body.n or 1)]
-        reply = ChatReply(engine, name, body.params(0), len(jobs))
+        check_prompts([ids], body, body.params(0), "messages")
+        jobs = [Job(ids, replace(body.params(choice), adapter=adapter), new_text=True) for choice in range(body.n or 1)]
+        reply = ChatReply(engine, body.model, body.params(0), len(jobs))
         return await respond(request, body, reply, jobs, num_prompt_tokens=len(ids))
 
-    def check_model(asked: str) -> None:
-        if asked != name:
-            message = f"The model {asked!r} does not exist; this server has {name!r}."
+    def adapter_of(asked: str) -> str | None:
+        """The adapter that a model's name stands for, or None for the bare model."""
+        if asked != name and asked not in engine.adapters.names:
+            known = ", ".join(map(repr, [name, *engine.adapters.names]))
+            message = f"The model {asked!r} does not exist; this server has {known}."
             raise ApiError(404, message, param="model", code="model_not_found")
+        return None if asked == name else asked
 
-    def check_prompts(prompts: Sequence[Sequence[int]], params: SamplingParams, param: str) -> None:
-        try:
-            engine.check_params(params)
-        except InputError as error:
-            raise ApiError(400, str(error), param="logit_bias") from error
+    def check_prompts(
+        prompts: Sequence[Sequence[int]], body: GenerationRequest, params: SamplingParams, param: str
+    ) -> None:
+        for name, part in (
+            ("logit_bias", SamplingParams(logit_bias=params.logit_bias)),
+            (body.constrained_by, SamplingParams(constraint=params.constraint)),
+        ):
+            try:
+                engine.check_params(part)
+            except InputError as error:
+                raise ApiError(400, str(error), param=name) from error
         for ids in prompts:
             try:
                 engine.check(ids, params)
@@ -118,11 +133,11 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         run = worker.open(jobs)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(run, _events(run, reply, len(jobs), num_prompt_tokens if with_usage else None))
+            return EventStream(run, _events(run, body, reply, len(jobs), num_prompt_tokens if with_usage else None))
         try:
             answers = await _unless_disconnected(request, run, len(jobs))
-        except EngineFailed as error:
-            raise ApiError(500, str(error)) from error
+        except (EngineFailed, RequestFailed) as error:
+            raise _refusal(error, body) from error
         finally:
             run.close()
         if answers is None:
@@ -166,7 +181,9 @@ class EventStream(StreamingResponse):
             self._run.close()
 
 
-async def _events(run: Run, reply: Reply, num_jobs: int, num_prompt_tokens: int | None) -> AsyncIterator[str]:
+async def _events(
+    run: Run, body: GenerationRequest, reply: Reply, num_jobs: int, num_prompt_tokens: int | None
+) -> AsyncIterator[str]:
     """The events of a stream; with the number of prompt tokens, one with the usage comes last."""
     no_usage = {} if num_prompt_tokens is None else {"usage": None}
     num_tokens = num_cached = 0
@@ -178,12 +195,18 @@ async def _events(run: Run, reply: Reply, num_jobs: int, num_prompt_tokens: int 
             num_tokens += len(delta.ids)
             num_cached += reply.num_cached(index, delta)
             yield _event({**reply.chunk([reply.piece(index, delta)]), **no_usage})
-    except EngineFailed as error:
-        yield _event(ApiError(500, str(error)).body)
+    except (EngineFailed, RequestFailed) as error:
+        yield _event(_refusal(error, body).body)
         return
     if num_prompt_tokens is not None:
         yield _event({**reply.chunk([]), "usage": usage_of(num_prompt_tokens, num_tokens, num_cached)})
     yield "data: [DONE]\n\n"
+
+
+def _refusal(error: EngineFailed | RequestFailed, body: GenerationRequest) -> ApiError:
+    if isinstance(error, EngineFailed):
+        return ApiError(500, str(error))
+    return ApiError(400, str(error), param=body.constrained_by)
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -195,6 +218,7 @@ async def _unless_disconnected(request: Request, run: Run, num_jobs: int) -> lis
 
     Raises:
         EngineFailed: the answers will not be finished.
+        RequestFailed: nor can they be.
     """
 
     async def collect() -> list[Delta]:

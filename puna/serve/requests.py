@@ -1,9 +1,11 @@
 """What clients may send, field by field. Anything else is refused by name, never ignored."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from puna.infer.constrain import Constraint
 from puna.infer.sampling import SamplingParams
 from puna.runtime.seeds import derive_seed
 
@@ -18,7 +20,6 @@ IDLE: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True, False),
@@ -45,11 +46,49 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
+class JsonSchema(BaseModel):
+    """A schema that the answer has to follow."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+    """Answers always follow the schema; false asks for less than that."""
+
+
+class ResponseFormat(BaseModel):
+    """What kind of text an answer is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_named(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema goes with type = "json_schema", and only with that')
+        return self
+
+
+class StructuredOutputs(BaseModel):
+    """What an answer has to look like: one of these. An addition to OpenAI's protocol."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    grammar: str | None = None
+
+
 class GenerationRequest(BaseModel):
     """What both endpoints take.
 
-    top_k, min_p, repetition_penalty, stop_token_ids and ignore_eos are additions to OpenAI's protocol, under the names
-    that other servers gave them.
+    top_k, min_p, repetition_penalty, stop_token_ids, structured_outputs and ignore_eos are additions to OpenAI's
+    protocol, under the names that other servers gave them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -70,6 +109,8 @@ class GenerationRequest(BaseModel):
     seed: int | None = None
     stop: StopString | list[StopString] | None = None
     stop_token_ids: list[int] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -90,6 +131,30 @@ class GenerationRequest(BaseModel):
             raise ValueError("is only allowed together with stream = true")
         return options
 
+    @field_validator("structured_outputs")
+    @classmethod
+    def _one_constraint(cls, outputs: StructuredOutputs | None, info: ValidationInfo) -> StructuredOutputs | None:
+        if outputs is not None:
+            given = outputs.model_dump(exclude_none=True)
+            form = info.data.get("response_format")
+            if len(given) != 1 or (form is not None and form.type != "text"):
+                raise ValueError("takes one of json, regex, choice and grammar, and no response_format beside it")
+        return outputs
+
+    @property
+    def constrained_by(self) -> str:
+        """The parameter that says what the answer has to look like."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    def _constraint(self) -> Constraint | None:
+        outputs, form = self.structured_outputs, self.response_format
+        if outputs is not None:
+            schema = None if outputs.json_ is None else json.dumps(outputs.json_)
+            return Constraint(schema, outputs.regex, tuple(outputs.choice or ()), outputs.grammar)
+        if form is None or form.type == "text":
+            return None
+        return Constraint(json.dumps({"type": "object"} if form.json_schema is None else form.json_schema.schema_))
+
     def sampling(
         self, choice: int, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
     ) -> SamplingParams:
@@ -104,6 +169,7 @@ class GenerationRequest(BaseModel):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+            constraint=self._constraint(),
             seed=derive_seed(self.seed, choice) if choice and self.seed is not None else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_ids=tuple(self.stop_token_ids or ()),

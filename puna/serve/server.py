@@ -22,7 +22,8 @@ class ServeConfig:
     model: Path
     """Model directory."""
     name: str | None = None
-    """How clients call the model; absent is the directory's name."""
+    """How clients call the model; absent is the directory's name. Each of engine.adapters is a model of its own name
+    beside it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every network interface. There are no keys yet: whoever can reach it can
     use it."""

@@ -28,6 +28,10 @@ class EngineFailed(Exception):
     """The engine met a fault of its own, or stopped, while it worked on a request."""
 
 
+class RequestFailed(Exception):
+    """A request turned out to be impossible after it had been accepted: what constrains the answer is at fault."""
+
+
 class Run:
     """The answers to one request, made in an event loop and filled by the worker."""
 
@@ -35,9 +39,9 @@ class Run:
         self._num_jobs = num_jobs
         self._close = close
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Delta] | EngineFailed] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Delta] | EngineFailed | RequestFailed] = asyncio.Queue()
 
-    def put(self, item: tuple[int, Delta] | EngineFailed) -> None:
+    def put(self, item: tuple[int, Delta] | EngineFailed | RequestFailed) -> None:
         """Hand over an update; called by the worker's thread."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
@@ -46,11 +50,12 @@ class Run:
 
         Raises:
             EngineFailed: the answers will not be finished.
+            RequestFailed: nor can they be.
         """
         running = self._num_jobs
         while running:
             item = await self._queue.get()
-            if isinstance(item, EngineFailed):
+            if isinstance(item, EngineFailed | RequestFailed):
                 raise item
             running -= item[1].finish_reason is not None
             yield item
@@ -113,7 +118,10 @@ class Worker:
             try:
                 for sequence in self._engine.step():
                     run, number = self._runs[sequence]
-                    run.put((number, sequence.take()))
+                    if sequence.finish_reason == "failed":
+                        run.put(RequestFailed(sequence.error))
+                    else:
+                        run.put((number, sequence.take()))
                     if sequence.finish_reason is not None:
                         del self._runs[sequence]
             except Exception as error:

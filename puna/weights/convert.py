@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from puna.config import to_plain
+from puna.model.depths import depths_of
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path
@@ -91,6 +92,8 @@ def main(config: ConvertConfig) -> None:
 
     console.print(f"Reading {config.source}")
     model = load_model(source)
+    if config.to != "hf" and depths_of(model) is not None:
+        raise InputError(f"{source} has layers that most tokens pass by, for which {config.to} has no form.")
     tokenizer, vocabulary = _find_tokenizer(config.tokenizer, source)
     if tokenizer is None:
         console.print(f"There is no tokenizer beside {source}, so none is written; `tokenizer` names one elsewhere.")

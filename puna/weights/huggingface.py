@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.model.config import LlamaConfig, RopeScaling
+from puna.model.depths import Depths
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_json, write_json
@@ -36,6 +37,10 @@ _DTYPES = {
     "I8": torch.int8,
 }
 _OTHER_DTYPE = torch.bits8
+
+GATED_SUFFIX = "_mixture_of_depths"
+"""Ends the model_type of a model with gated layers, so that nobody takes it for a plain one."""
+_DEPTHS_KEY = "mixture_of_depths"
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -62,7 +67,7 @@ def read_hf_config(directory: Path) -> LlamaConfig:
     _refuse_unsupported(values, path)
     num_heads = _integer(values, "num_attention_heads", path)
     dim = _integer(values, "hidden_size", path)
-    model_type = values["model_type"]
+    model_type = values["model_type"].removesuffix(GATED_SUFFIX)
     context_length = _integer(values, "max_position_embeddings", path, 2048)
     # What transformers' Qwen3Config takes for a missing head_dim; the others divide.
     default_head_dim = 128 if model_type == "qwen3" else dim // max(num_heads, 1)
@@ -97,7 +102,7 @@ def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
             "the Llama, Qwen2 and Qwen3 families in floating point, with full attention."
         )
 
-    if values.get("model_type") not in _ARCHITECTURES:
+    if str(values.get("model_type")).removesuffix(GATED_SUFFIX) not in _ARCHITECTURES:
         refuse("model_type")
     if any(not str(name).endswith("ForCausalLM") for name in values.get("architectures") or []):
         refuse("architectures", ": the model lacks the language-model head")
@@ -111,6 +116,28 @@ def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
     # Qwen writes a sliding_window even where it is switched off; Llama has no switch.
     if values.get("sliding_window") is not None and values.get("use_sliding_window", values["model_type"] == "llama"):
         refuse("sliding_window")
+
+
+def read_depths(directory: Path) -> Depths | None:
+    """Which layers of a model directory are gated (`puna.model.depths`); None for a plain model.
+
+    Raises:
+        InputError: config.json says that there are some, but not which.
+    """
+    path = directory / CONFIG_FILE
+    values = read_json(path)
+    if not str(values.get("model_type")).endswith(GATED_SUFFIX):
+        return None
+    try:
+        return Depths(tuple(map(int, values[_DEPTHS_KEY]["layers"])), float(values[_DEPTHS_KEY]["capacity"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} lacks {_DEPTHS_KEY} with the gated layers and their capacity.") from error
+
+
+def depths_config(values: dict[str, Any], depths: Depths) -> dict[str, Any]:
+    """The `config.json` of a model with gated layers, from that of the plain one."""
+    gated = {_DEPTHS_KEY: {"layers": list(depths.layers), "capacity": depths.capacity}}
+    return values | {"model_type": values["model_type"] + GATED_SUFFIX} | gated
 
 
 def quantization_config(directory: Path) -> dict[str, Any] | None:
@@ -246,20 +273,21 @@ def hf_tensors(directory: Path) -> StoredTensors:
     Raises:
         InputError: there are none, one is cut short, or the index names a file that is not there.
     """
-    files: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for path in _weight_files(directory):
-        file = _open(path)
+        file = open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 (not a dictionary)
             if name.endswith("rotary_emb.inv_freq"):  # a constant that old versions of transformers stored
                 continue
             header = file.get_slice(name)
-            files[name], shapes[name] = file, header.get_shape()
+            paths[name], shapes[name] = path, header.get_shape()
             dtypes[name] = _DTYPES.get(header.get_dtype(), _OTHER_DTYPE)
 
     def read(name: str) -> Tensor:
-        tensor: Tensor = files[name].get_tensor(name)
+        # Opened for each tensor: what a mapping has read counts as this process's memory until it is gone.
+        tensor: Tensor = open_safetensors(paths[name]).get_tensor(name)
         return tensor
 
     return StoredTensors(str(directory), shapes, dtypes, read, to_hf)
@@ -296,7 +324,12 @@ def _weight_files(directory: Path) -> list[Path]:
     return paths
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """The tensors of a file, memory-mapped.
+
+    Raises:
+        InputError: it is cut short, or something else.
+    """
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from puna.model.config import LlamaConfig
+from puna.model.depths import depths_of, gate_layers
 from puna.model.transformer import Linear, Transformer
+from puna.runtime.devices import prefer_huge_pages
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, write_json
 from puna.runtime.gguf_file import gguf_path
@@ -17,15 +19,17 @@ from puna.weights.gguf import gguf_tensors, read_gguf_config
 from puna.weights.huggingface import (
     CONFIG_FILE,
     MAX_SHARD_BYTES,
+    depths_config,
     hf_config,
     hf_tensors,
     quantization_config,
+    read_depths,
     read_hf_config,
     save_hf_weights,
 )
 from puna.weights.llama2c import llama2c_tensors, read_llama2c_config
 from puna.weights.meta import PARAMS_FILE, meta_tensors, read_meta_config
-from puna.weights.stored import StoredTensors, copy_weights
+from puna.weights.stored import StoredTensors, copy_weights, named_tensors
 
 HUB = "hub:"
 """Prefix of a path that names a model on the Hugging Face hub, to be downloaded."""
@@ -101,11 +105,34 @@ def load_model(
     Raises:
         InputError: the checkpoint is broken, incomplete, unsupported, or none of these formats.
     """
+    model, stored = empty_model(path, dtype=dtype, fit=fit)
+    model = model.to_empty(device=device)
+    if model.config.tie_embeddings:
+        model.output.weight = model.embedding.weight  # leaving the meta device separates them
+    for _, tensor in named_tensors(model):
+        prefer_huge_pages(tensor)
+    copy_weights(model, stored)
+    return model.eval()
+
+
+def empty_model(
+    path: Path | str, *, dtype: torch.dtype | None = None, fit: Fit | None = None
+) -> tuple[Transformer, StoredTensors]:
+    """A checkpoint's model on the meta device, which has shapes and no memory, and the tensors to fill it with.
+
+    Arguments and errors are those of `load_model`; the tensors have not been compared with the model yet.
+    """
     path = resolve(path)
     config = read_config(path)
     stored = _tensors(path, config)
     with torch.device("meta"):
         model = Transformer(config)
+    depths = read_depths(path) if _format(path) == "hf" else None
+    if depths is not None:
+        try:
+            gate_layers(model, depths)
+        except ValueError as error:
+            raise InputError(f"{path / CONFIG_FILE}: {error}") from error
     quantization = quantization_config(path) if _format(path) == "hf" else None
     if quantization is not None:
         if fit is None:
@@ -116,11 +143,7 @@ def load_model(
         names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
         quantized = [name for name in names if stored.file_name(f"{name}.weight_scale") in stored.shapes]
         fit(model, quantization, quantized, str(path))
-    model = model.to(dtype or stored.dtype).to_empty(device=device)
-    if config.tie_embeddings:
-        model.output.weight = model.embedding.weight  # leaving the meta device separates them
-    copy_weights(model, stored)
-    return model.eval()
+    return model.to(dtype or stored.dtype).eval(), stored
 
 
 def _format(path: Path) -> str:
@@ -175,6 +198,8 @@ def save_model(
 
     What was at `directory` before is replaced.
 
+    A model with gated layers is the exception: nothing but Puna knows it, so it gets a `model_type` of its own.
+
     Args:
         tokenizer: its files go in too, and its ids into config.json and generation_config.json.
         dtype: to store the weights in; None keeps the parameters'.
@@ -195,6 +220,8 @@ def save_model(
     values = hf_config(model.config, dtype or model.embedding.weight.dtype, **ids)
     if quantization is not None:
         values["quantization_config"] = dict(quantization)
+    if (depths := depths_of(model)) is not None:
+        values = depths_config(values, depths)
     with atomic_path(directory) as fresh:
         fresh.mkdir()
         save_hf_weights(model, fresh, dtype=dtype, max_shard_bytes=max_shard_bytes)

@@ -22,6 +22,9 @@ _NAMES: tuple[tuple[str, str, str | None], ...] = (
     ("layers.#.feed_forward.gate.weight", "model.layers.#.mlp.gate_proj.weight", "layers.#.feed_forward.w1.weight"),
     ("layers.#.feed_forward.down.weight", "model.layers.#.mlp.down_proj.weight", "layers.#.feed_forward.w2.weight"),
     ("layers.#.feed_forward.up.weight", "model.layers.#.mlp.up_proj.weight", "layers.#.feed_forward.w3.weight"),
+    ("layers.#.router.weight", "model.layers.#.router.weight", None),
+    ("layers.#.predictor.0.weight", "model.layers.#.predictor.0.weight", None),
+    ("layers.#.predictor.2.weight", "model.layers.#.predictor.2.weight", None),
     ("norm.weight", "model.norm.weight", "norm.weight"),
     ("output.weight", "lm_head.weight", "output.weight"),
 )  # fmt: skip

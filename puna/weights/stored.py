@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
@@ -43,8 +43,24 @@ class StoredTensors:
 def copy_weights(model: Transformer, stored: StoredTensors) -> None:
     """Fill every parameter and buffer of `model`, one tensor at a time, converting dtype and device.
 
-    Everything is compared before the first byte is copied. A model with tied embeddings may find its output
-    projection stored as well, if it is the same as the embedding.
+    Everything is compared before the first byte is copied.
+
+    Raises:
+        InputError: see `check_weights`.
+    """
+    check_weights(model, stored)
+    wanted = {stored.file_name(name): tensor for name, tensor in named_tensors(model)}
+    num_bytes = sum(parameter.nbytes for parameter in wanted.values())
+    with transfer_progress("Reading weights", num_bytes) as advance:
+        for name, parameter in wanted.items():
+            parameter.copy_(stored.read(name))
+            advance(parameter.nbytes)
+
+
+def check_weights(model: Transformer, stored: StoredTensors) -> None:
+    """See whether a checkpoint holds exactly what `model` needs, which may be on the meta device.
+
+    A model with tied embeddings may find its output projection stored as well, if it is the same as the embedding.
 
     Raises:
         InputError: tensors are missing, unexpected or of another shape (all are named in one message), are
@@ -85,14 +101,9 @@ def copy_weights(model: Transformer, stored: StoredTensors) -> None:
             f"{stored.where}: the configuration ties the output projection to the embedding, but {output} and "
             f"{embedding} differ. Set tie_word_embeddings to false in config.json if the model has both."
         )
-    num_bytes = sum(parameter.nbytes for parameter in wanted.values())
-    with transfer_progress("Reading weights", num_bytes) as advance:
-        for name, parameter in wanted.items():
-            parameter.copy_(stored.read(name))
-            advance(parameter.nbytes)
 
 
-def named_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Everything that a checkpoint holds: the parameters, and the integers and scales of quantised maps."""
     yield from model.named_parameters()
     yield from model.named_buffers()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.infer.config import EngineConfig
+from puna.infer.config import EngineConfig, SpeculationConfig
 from puna.infer.engine import Engine
 from puna.infer.request import Completion
 from puna.infer.sampling import SamplingParams
@@ -92,6 +92,13 @@ configs = st.builds(
     prefix_cache=st.booleans(),
     batch_invariant=st.sampled_from((False, False, True)),
 )
+guesses = st.sampled_from(
+    (
+        SpeculationConfig(),
+        SpeculationConfig("lookup", tokens=3, shortest_match=1),
+        SpeculationConfig("layers", layers=1),
+    )
+)
 
 
 def serve(engine: Engine, schedule: list[Ask]) -> list[Completion | None]:
@@ -122,12 +129,23 @@ def serve(engine: Engine, schedule: list[Ask]) -> list[Completion | None]:
 
 @settings(max_examples=80, deadline=None)
 @given(
-    model=st.sampled_from(MODELS), config=configs, schedule=st.lists(asks, min_size=1, max_size=6), twice=st.booleans()
+    model=st.sampled_from(MODELS),
+    config=configs,
+    guess=guesses,
+    schedule=st.lists(asks, min_size=1, max_size=6),
+    twice=st.booleans(),
 )
 def test_logprobs_are_the_training_forwards(
-    model: Transformer, tokenizer: Tokenizer, config: EngineConfig, schedule: list[Ask], twice: bool
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    guess: SpeculationConfig,
+    schedule: list[Ask],
+    twice: bool,
 ) -> None:
-    """For every batch, piece and block size, shared prefix, preemption and cancellation."""
+    """For every batch, piece and block size, shared prefix, preemption, cancellation and speculation."""
+    if not config.batch_invariant:
+        config = replace(config, speculation=guess)
     engine = Engine(model, tokenizer, config)
     if twice:
         serve(engine, schedule)  # so that the cache is warm

@@ -1,6 +1,8 @@
 """OpenAI's own client against the server, from end to end."""
 
+import json
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -244,3 +246,55 @@ def test_logprobs_are_probabilities(client: openai.OpenAI) -> None:
     }
     logprobs = client.completions.create(**request).choices[0].logprobs
     assert 0 < sum(math.exp(value) for value in logprobs.top_logprobs[0].values()) < 1
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["good", "bad"]}, "marks": {"type": "integer", "minimum": 1, "maximum": 6}},
+    "required": ["mood", "marks"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_in_json(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "school", "schema": SCHEMA, "strict": True}}
+    request = {"model": "tiny", "messages": MESSAGES, "response_format": form, "n": 3, "seed": 0}
+    whole = [choice.message.content for choice in client.chat.completions.create(**request).choices]
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**request, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == whole
+    for text in whole:
+        assert json.loads(text)["mood"] in ("good", "bad")
+        assert 1 <= json.loads(text)["marks"] <= 6
+    bias = {str(byte): 30 for byte in b"}"}
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, response_format={"type": "json_object"}, logit_bias=bias
+    )
+    assert json.loads(answer.choices[0].message.content) == {}
+
+
+def test_other_constraints(client: openai.OpenAI) -> None:
+    for constraint, pattern in [
+        ({"regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"choice": ["left", "right"]}, "left|right"),
+        ({"grammar": 'start: "x" | "x" "," start'}, "x(,x)*"),
+        ({"json": SCHEMA}, r"\s*\{.*\}\s*"),
+    ]:
+        answer = client.completions.create(
+            model="tiny", prompt="x", max_tokens=200, extra_body={"structured_outputs": constraint}
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert re.fullmatch(pattern, answer.choices[0].text, re.DOTALL)
+
+
+def test_a_refused_constraint_in_a_stream(client: openai.OpenAI, served) -> None:
+    """The stream has begun when the constraint is looked at, so it ends with the error; others are not touched."""
+    stream = client.completions.create(
+        model="tiny", prompt="x", n=2, stream=True, extra_body={"structured_outputs": {"regex": "(a"}}
+    )
+    with pytest.raises(openai.APIError, match="unclosed group") as caught:
+        list(stream)
+    assert caught.value.param == "structured_outputs"
+    assert served.wait_until_idle()
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=2).usage.completion_tokens <= 2

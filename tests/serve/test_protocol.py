@@ -11,6 +11,8 @@ import pytest
 
 CHAT = "chat/completions"
 MESSAGES = [{"role": "user", "content": "Hi!"}]
+SCHEMA = {"name": "thing", "schema": {"type": "object"}}
+FORMAT = {"response_format": {"type": "json_schema", "json_schema": SCHEMA}}
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,15 @@ MESSAGES = [{"role": "user", "content": "Hi!"}]
         ({"logit_bias": {"x": 1}}, "logit_bias", "match pattern"),
         ({"logit_bias": {"260": 1}}, "logit_bias", "260 is not a token"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "'text', 'json_object' or 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema goes with type"),
+        ({"response_format": {"type": "text", "json_schema": SCHEMA}}, "response_format", "json_schema goes with"),
+        (FORMAT | {"structured_outputs": {"regex": "a"}}, "structured_outputs", "no response_format beside it"),
+        ({"structured_outputs": {}}, "structured_outputs", "takes one of json, regex, choice and grammar"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs", "at least 1 character"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
+        ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs", "refused"),
+        ({"structured_outputs": {"json": {"type": "wizard"}}}, "structured_outputs", "Invalid type: wizard"),
         ({"temprature": 1}, "temprature", "Did you mean temperature?"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "valid number"),
