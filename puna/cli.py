@@ -172,3 +172,7 @@ def main() -> None:
 def _explain(error: OSError) -> str:
     what = error.strerror or str(error)
     return f"{what}: {error.filename}." if error.filename else f"{what}."
+
+
+if __name__ == "__main__":
+    main()

@@ -188,6 +188,11 @@ class MixedRows:
             documents_BT=torch.cat([part.documents_BT for part in parts]),
         )
 
+    def origins(self, row: int) -> list[tuple[TokenShards, int]]:
+        """The documents that a row holds tokens of, with the shards that they are in."""
+        number, own = self.locate(row)
+        return self.ingredients[number].rows.origins(own)
+
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each ingredient has been gone over after that many rows."""
         return {

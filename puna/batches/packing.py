@@ -15,7 +15,7 @@ Shapes: B rows, T tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -51,14 +51,31 @@ class TokenBatch:
         """How many positions carry a loss."""
         return int((self.labels_BT != IGNORE).sum())
 
-    def to(self, device: torch.device) -> "TokenBatch":
+    def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        return TokenBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return type(self)(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
-    def split(self, micro_rows: int) -> "list[TokenBatch]":
+    def split(self, micro_rows: int) -> list[Self]:
         """The same rows in micro-batches of at most `micro_rows`."""
         parts = [getattr(self, field.name).split(micro_rows) for field in fields(self)]
-        return [TokenBatch(*part) for part in zip(*parts, strict=True)]
+        return [type(self)(*part) for part in zip(*parts, strict=True)]
+
+
+class Rows(Protocol):
+    """Endless rows, each a pure function of its number."""
+
+    def batch(self, rows: Sequence[int]) -> TokenBatch:
+        """Rows by number, counted from 0."""
+        ...
+
+
+class EpochRows(Rows, Protocol):
+    """Rows that go over the same documents again and again."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass over the documents."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -144,6 +161,10 @@ class PackedRows:
     def documents(self, row: int) -> list[int]:
         """The documents that a row holds tokens of."""
         return [piece.document for piece in self._pieces(row)]
+
+    def origins(self, row: int) -> list[tuple[TokenShards, int]]:
+        """The documents that a row holds tokens of, with the shards that they are in."""
+        return [(self.shards, document) for document in self.documents(row)]
 
     def _pieces(self, row: int) -> list[_Piece]:
         epoch, within = divmod(row, self.rows_per_epoch)

@@ -1,6 +1,7 @@
 """`puna finetune`: teach a pretrained model to answer."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from puna.batches.chat import write_chat_shards
 from puna.batches.packing import PackedRows
 from puna.batches.shards import TokenShards
 from puna.config import to_plain
+from puna.parallel.mesh import is_first_process, joined_processes, wait_for_all
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_jsonl
 from puna.runtime.manifest import Manifest, content_hash
@@ -45,6 +47,11 @@ class FinetuneConfig:
 
 def main(config: FinetuneConfig) -> None:
     """Render and check the conversations, train, and write the model directory."""
+    with joined_processes(config.train.device):
+        _finetune(config)
+
+
+def _finetune(config: FinetuneConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     if config.chat_template != "keep":
         tokenizer.chat_template = builtin_template(config.chat_template)
@@ -70,17 +77,21 @@ def main(config: FinetuneConfig) -> None:
     )
     inputs = {str(path): content_hash(path) for path in (config.model, config.conversations)}
     run = to_plain(config) | {"inputs": inputs}
-    result = fit(model, rows, causal_lm_loss, config.train, config.output, run, held_out)
+    loss = partial(causal_lm_loss, z_loss=config.train.z_loss)
+    result = fit(model, rows, loss, config.train, config.output, run, held_out)
 
     model.compute_dtype = None
     manifest = Manifest("finetune", to_plain(config), inputs, asdict(result))
     dtype = getattr(torch, config.dtype)
-    save_model(model, config.output / "model", tokenizer=tokenizer, dtype=dtype, manifest=manifest)
+    if is_first_process():
+        save_model(model, config.output / "model", tokenizer=tokenizer, dtype=dtype, manifest=manifest)
     say(f"Wrote {config.output / 'model'}")
 
 
 def _rows(conversations: Path, tokenizer: Tokenizer, config: FinetuneConfig, name: str) -> PackedRows:
     destination = config.output / "tokens" / name
-    write_chat_shards(read_jsonl(conversations), tokenizer, destination, config.train.row_length)
+    if is_first_process():
+        write_chat_shards(read_jsonl(conversations), tokenizer, destination, config.train.row_length)
+    wait_for_all()
     shards = TokenShards(destination, tokenizer.hash)
     return PackedRows(shards, config.train.row_length, config.train.seed, "whole", tokenizer.pad_id)

@@ -29,9 +29,16 @@ STAGES = {
     "tokenizer": Stage("puna.tokenizer.train", "TokenizerConfig", "Train a tokenizer on documents."),
     "tokenize": Stage("puna.batches.tokenize", "TokenizeConfig", "Turn documents into token shards."),
     "mix": Stage("puna.curate.mix", "MixConfig", "Rank mixtures of sources by what tiny models learn from them."),
-    "pretrain": Stage("puna.pretrain.main", "PretrainConfig", "Train a model from random weights."),
+    "extend": Stage("puna.pretrain.extend", "ExtendConfig", "Give a model new tokens or a longer context."),
+    "pretrain": Stage("puna.pretrain.main", "PretrainConfig", "Train a model on token shards."),
+    "average": Stage("puna.pretrain.average", "AverageConfig", "Average checkpoints or models."),
+    "plan": Stage(
+        "puna.pretrain.planner.main", "PlanConfig", "Find the fastest layout of a model on a cluster that fits."
+    ),
+    "scaling": Stage("puna.pretrain.scaling.main", "ScalingConfig", "Fit scaling laws, and say how to spend a budget."),
     "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to follow instructions."),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
+    "needle": Stage("puna.evaluate.needle", "NeedleConfig", "Hide a sentence in long texts and ask for it."),
     "compress": Stage(
         "puna.evaluate.compress", "CompressConfig", "Store weights in 8 or 4 bits, and measure the loss."
     ),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from puna.parallel.config import ParallelConfig
 from puna.runtime.devices import DeviceName
 
 
@@ -26,6 +27,10 @@ class OptimizerConfig:
     """Of the weights of linear layers; norms, biases and embeddings have none."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    state_precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of AdamW's two running means, which take two thirds of the memory of a float32 run: `bf16` needs half as much
+    (DeepSeek-V3, arXiv:2412.19437, section 3.3.3), `int8` a quarter (Dettmers et al. 2022, arXiv:2110.02861; needs
+    torchao and a compiler)."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -50,6 +55,31 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class FaultConfig:
+    """What a run does about bad data, broken machines and waiting for ever."""
+
+    spike_deviations: float = 10.0
+    """A step whose loss, or the logarithm of whose gradient's norm, is this many standard deviations above its mean
+    over the last 50 steps or so does not count, and its batch is left out; 0 means only what is not finite."""
+    spike_settle_steps: int = 100
+    """Not before so many steps, while loss and gradient are still finding their level."""
+    max_rollbacks: int = 3
+    """Since one checkpoint, leave out at most so many batches and go back at most so often for corrupted values; more
+    is an error: training has diverged, or a machine is broken."""
+    check_every: int = 1000
+    """Steps between two looks for silent corruption (copies of parameters have to be equal, a micro-batch computed
+    twice has to give the same bits) and for slow ranks; 0 means never. Copies are compared before checkpoints too."""
+    hang_timeout_seconds: float = 1800.0
+    """Training that stands still for so long is reported with the rank that the others wait for, and ended where
+    torchrun starts it again; 0 means never."""
+
+    def __post_init__(self) -> None:
+        for name in ("spike_deviations", "spike_settle_steps", "max_rollbacks", "check_every", "hang_timeout_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"faults.{name} is {getattr(self, name)}; it cannot be negative.")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
@@ -61,8 +91,13 @@ class TrainConfig:
     """Rows in one forward and backward pass; fewer need less memory and give the same result."""
     row_length: int = 512
     """Tokens in a row."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the activations and products; parameters, gradients and optimiser state are float32 in both."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Of the activations and products; parameters and gradients are float32 in all. `fp8` is bf16 with the products of
+    the layers in float8, each scaled to its largest value (Micikevicius et al. 2022, arXiv:2209.05433; needs torchao
+    and a GPU from H100 on)."""
+    z_loss: float = 0.0
+    """Factor of the squared log-normaliser of each prediction, added to the loss, which keeps logits from drifting
+    (PaLM, arXiv:2204.02311, section 5: 1e-4)."""
     compile: bool = False
     """Compile each layer with torch.compile (needs a C++ compiler; worth it from some hundred steps on)."""
     seed: int = 0
@@ -89,6 +124,10 @@ class TrainConfig:
     """The optimiser."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate over time."""
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    """What to survive, and when to give up."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the processes that torchrun started share the work."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_rows", "micro_batch_rows", "row_length", "log_every", "keep_checkpoints"):
@@ -98,6 +137,8 @@ class TrainConfig:
             raise ValueError(
                 f"batch_rows ({self.batch_rows}) has to be a multiple of micro_batch_rows ({self.micro_batch_rows})."
             )
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss is {self.z_loss}; it cannot be negative.")
         falling = self.schedule.warmup_steps + (self.schedule.decay_steps if self.schedule.kind == "wsd" else 0)
         if falling > self.steps:
             raise ValueError(

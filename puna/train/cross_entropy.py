@@ -12,30 +12,53 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from puna.kernels.cross_entropy import cross_entropy_and_error
 
 _SLICE_BYTES = 32 * 2**20
 
 
-def naive_linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int) -> Tensor:
+def naive_linear_cross_entropy(
+    h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int, z_loss: float = 0.0
+) -> Tensor:
     """The readable twin of `linear_cross_entropy`."""
-    logits_NV = F.linear(h_ND, weight_VD.to(h_ND.dtype)).float()
-    return F.cross_entropy(logits_NV, labels_N, ignore_index=ignore, reduction="sum")
+    return cross_entropy(F.linear(h_ND, weight_VD.to(h_ND.dtype)), labels_N, ignore, z_loss)
 
 
-def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int) -> Tensor:
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor, ignore: int, z_loss: float = 0.0) -> Tensor:
+    """The same from logits; they may be a DTensor that is split by vocabulary, within torch's `loss_parallel`."""
+    logits_NV = logits_NV.float()
+    total = F.cross_entropy(logits_NV, labels_N, ignore_index=ignore, reduction="sum")
+    if isinstance(total, DTensor):
+        # A copy, because FSDP2 warns of views.
+        total = total.to_local().clone()
+    if z_loss:
+        log_sum_N = logits_NV.logsumexp(-1)
+        if isinstance(log_sum_N, DTensor):
+            log_sum_N = log_sum_N.full_tensor()
+        total = total + z_loss * log_sum_N[labels_N != ignore].square().sum()
+    return total
+
+
+def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int, z_loss: float = 0.0) -> Tensor:
     """Sum of -log softmax(h W^T)[label] over tokens whose label is not `ignore`, in float32.
 
     The products run in the dtype of `h_ND`; the softmax in float32.
+
+    Args:
+        z_loss: factor of the square of each token's log sum of exponentials, which is added (PaLM, arXiv:2204.02311,
+            section 5).
     """
-    total: Tensor = _LinearCrossEntropy.apply(h_ND, weight_VD, labels_N, ignore, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    total: Tensor = _LinearCrossEntropy.apply(h_ND, weight_VD, labels_N, ignore, z_loss, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int, needs_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int, z_loss: float, needs_grad: bool
+    ) -> Tensor:
         targets = (labels_N != ignore).nonzero().squeeze(1)
         weight = weight_VD.to(h_ND.dtype)
         grad_h_ND = torch.zeros_like(h_ND) if needs_grad else None
@@ -47,8 +70,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chosen in torch.split(targets, rows):
             h, labels = h_ND[chosen], labels_N[chosen]
             logits = torch.mm(h, weight.T, out=product[: len(chosen)]).float()
+            log_sum = logits.logsumexp(-1) if z_loss else None
             part, error = cross_entropy_and_error(logits, labels)
             total += part
+            if log_sum is not None:
+                total += z_loss * log_sum.square().sum()
+                # The gradient of the square is 2 log_sum softmax; error is softmax - onehot.
+                factor = (2 * z_loss * log_sum)[:, None]
+                error.mul_(1 + factor).scatter_add_(1, labels[:, None], factor)
             if grad_h_ND is not None and grad_weight_VD is not None:
                 error = error.to(h.dtype)
                 grad_h_ND[chosen] = error @ weight
@@ -64,4 +93,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         (grad,) = grads
-        return (grad_h_ND * grad).to(grad_h_ND.dtype), grad_weight_VD * grad, None, None, None
+        return (grad_h_ND * grad).to(grad_h_ND.dtype), grad_weight_VD * grad, None, None, None, None

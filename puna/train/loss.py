@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from puna.batches.packing import IGNORE, TokenBatch
 from puna.kernels.attend import document_attend
 from puna.model.transformer import Linear, Transformer
-from puna.train.cross_entropy import linear_cross_entropy
+from puna.train.cross_entropy import cross_entropy, linear_cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,32 @@ class LossSum:
 Loss = Callable[[Transformer, TokenBatch], LossSum]
 
 
-def causal_lm_loss(model: Transformer, batch: TokenBatch) -> LossSum:
-    """Negative log-likelihood of each next token within its document."""
+def causal_lm_loss(model: Transformer, batch: TokenBatch, *, z_loss: float = 0.0) -> LossSum:
+    """Negative log-likelihood of each next token within its document.
+
+    Args:
+        z_loss: see `token_loss`.
+    """
 
     def head(h_BTD: Tensor, output: Linear) -> Tensor:
-        return linear_cross_entropy(h_BTD.flatten(0, 1), output.weight, batch.labels_BT.flatten(), IGNORE)
+        return token_loss(h_BTD, output, batch.labels_BT, z_loss=z_loss)
 
     attend = document_attend(batch.documents_BT)
     total = model(batch.ids_BT, batch.positions_BT, attend, head)
     return LossSum(total, batch.num_targets)
+
+
+def token_loss(h_BTD: Tensor, output: Linear, labels_BT: Tensor, *, z_loss: float = 0.0) -> Tensor:
+    """Sum of -log softmax(output(h))[label] over positions whose label is not IGNORE; call it in a head.
+
+    Where the output projection is split by vocabulary (tensor parallelism), all logits exist at once, each process
+    holding its share of them.
+
+    Args:
+        z_loss: factor of the squared log-normaliser of each position, a regulariser: it is added in training
+            mode, and not where a model is measured.
+    """
+    z_loss = z_loss if output.training else 0.0
+    if isinstance(output.weight, DTensor):
+        return cross_entropy(output(h_BTD).flatten(0, 1), labels_BT.flatten(), IGNORE, z_loss)
+    return linear_cross_entropy(h_BTD.flatten(0, 1), output.weight, labels_BT.flatten(), IGNORE, z_loss)

@@ -1,9 +1,16 @@
 """The optimisers, what each updates, and what it decays."""
 
+import importlib
+from typing import Any
+
+import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
 
 from puna.model.transformer import Transformer
+from puna.runtime.errors import InputError
 from puna.train.config import OptimizerConfig
 
 
@@ -35,13 +42,72 @@ def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[Optimi
         {"params": [p for p in rest if id(p) not in linear], "weight_decay": 0.0},
     ]
     if rest:
-        optimizers.append(
-            AdamW(
-                [group for group in groups if group["params"]],
-                lr=config.learning_rate,
-                betas=(config.beta1, config.beta2),
-                eps=config.epsilon,
-                fused=True,
-            )
-        )
+        optimizers.append(_adamw([group for group in groups if group["params"]], config))
     return optimizers
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+    }
+    if config.state_precision == "int8":
+        try:
+            torchao = importlib.import_module("torchao.optim")
+        except ImportError as error:
+            raise InputError(
+                "train.optimizer.state_precision is 'int8', which needs torchao: pip install torchao."
+            ) from error
+        return torchao.AdamW8bit(groups, **options)  # type: ignore[no-any-return]
+    return (AdamW if config.state_precision == "fp32" else HalfStateAdamW)(groups, fused=True, **options)
+
+
+class HalfStateAdamW(AdamW):
+    """AdamW that keeps its two running means in bfloat16 and computes with them in float32, a parameter at a time."""
+
+    def __init__(self, params: ParamsT, **options: Any) -> None:
+        super().__init__(params, **options)
+        # Loading casts a state to its parameter's dtype.
+        self.register_load_state_dict_post_hook(_halve)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+                means = [state[name].float() for name in ("exp_avg", "exp_avg_sq")]
+                beta1, beta2 = group["betas"]
+                adamw(
+                    [parameter],
+                    [parameter.grad],
+                    [means[0]],
+                    [means[1]],
+                    [],
+                    [state["step"]],
+                    fused=True,
+                    grad_scale=getattr(self, "grad_scale", None),
+                    found_inf=getattr(self, "found_inf", None),
+                    amsgrad=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+                for name, mean in zip(("exp_avg", "exp_avg_sq"), means, strict=True):
+                    state[name].copy_(mean)
+
+
+def _halve(optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(torch.bfloat16)

@@ -1,15 +1,18 @@
 """What a run has to remember to go on as if it had never stopped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from puna.model.transformer import Transformer
+from puna.parallel.apply import Layout
+from puna.train.anomaly import fresh_statistics
 
 
 @dataclass
 class TrainState:
-    """Mutable state of one run. The position in the data follows from `step`, see `puna.batches.packing`."""
+    """Mutable state of one run."""
 
     model: Transformer
     """With float32 parameters."""
@@ -17,3 +20,9 @@ class TrainState:
     """Each parameter that is trained is in exactly one."""
     step: int = 0
     """Optimiser steps done."""
+    batch: int = 0
+    """Number of the next batch; ahead of `step` where batches were left out. See `puna.batches.packing`."""
+    statistics: Tensor = field(default_factory=fresh_statistics)
+    """Of losses and gradients so far, see `puna.train.anomaly`."""
+    layout: Layout = field(default_factory=Layout)
+    """How the model lies on the processes."""

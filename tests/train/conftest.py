@@ -1,7 +1,14 @@
 """A model and data small enough to train in a second."""
 
-from collections.abc import Callable
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +57,38 @@ def tiny_rows(tmp_path: Path) -> PackedRows:
             writer.add(ids, str(number), len(ids))
     Manifest("tokenize", {}, {}, writer.results("hash")).write(folder)
     return PackedRows(TokenShards(folder), 16, 0, "cut")
+
+
+@pytest.fixture(scope="session")
+def elastic() -> ModuleType:
+    """The module elastic.py, under the name that pickles know it by."""
+    spec = importlib.util.spec_from_file_location("elastic", Path(__file__).with_name("elastic.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["elastic"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def survive(elastic: ModuleType) -> Iterator[Callable[[Any], Any]]:
+    """Run an `elastic.Job` on processes of its own; what comes back is an `elastic.Outcome`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", "import elastic; elastic.serve()"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    jobs, outcomes = server.stdin, server.stdout
+
+    def run(job: Any) -> Any:
+        pickle.dump(job, jobs)
+        jobs.flush()
+        return pickle.load(outcomes)
+
+    yield run
+    jobs.close()
+    server.wait()
+    outcomes.close()
 
 
 @pytest.fixture(autouse=True)

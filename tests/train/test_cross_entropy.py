@@ -12,9 +12,11 @@ from puna.train.cross_entropy import linear_cross_entropy, naive_linear_cross_en
 IGNORE = -100
 
 
-def run(function, h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def run(  # type: ignore[no-untyped-def]
+    function, h: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     h, weight = h.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = function(h, weight, labels, IGNORE)
+    loss = function(h, weight, labels, IGNORE, z_loss)
     (3 * loss).backward()
     assert h.grad is not None
     assert weight.grad is not None
@@ -27,9 +29,12 @@ def run(function, h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Te
     vocab=st.integers(2, 50),
     slice_bytes=st.sampled_from([1, 700, 2**20]),
     ignored=st.floats(0, 0.9),
+    z_loss=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 99),
 )
-def test_equals_the_naive_twin(tokens: int, vocab: int, slice_bytes: int, ignored: float, seed: int) -> None:
+def test_equals_the_naive_twin(
+    tokens: int, vocab: int, slice_bytes: int, ignored: float, z_loss: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(tokens, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocab, 8, generator=generator, dtype=torch.float64)
@@ -37,8 +42,8 @@ def test_equals_the_naive_twin(tokens: int, vocab: int, slice_bytes: int, ignore
     labels[torch.rand(tokens, generator=generator) < ignored] = IGNORE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cross_entropy, "_SLICE_BYTES", slice_bytes)
-        ours = run(linear_cross_entropy, h, weight, labels)
-    theirs = run(naive_linear_cross_entropy, h, weight, labels)
+        ours = run(linear_cross_entropy, h, weight, labels, z_loss)
+    theirs = run(naive_linear_cross_entropy, h, weight, labels, z_loss)
     # Both take the softmax in float32, whose rounding is 6e-8; sums of up to 40 terms of size 10.
     for mine, twin in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.double(), twin.double(), rtol=1e-5, atol=1e-5)

@@ -8,19 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from puna.batches.packing import PackedRows
-from puna.model.transformer import Transformer
-from puna.runtime.errors import InputError
-from puna.train.checkpoint import restore, save_checkpoint
 from puna.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from puna.train.ledger import read_goodput
 from puna.train.loop import fit
 from puna.train.loss import causal_lm_loss
 from puna.train.metrics import MetricsWriter, read_metrics
-from puna.train.optimizer import build_optimizers
-from puna.train.state import TrainState
 
 CONFIG = TrainConfig(
     steps=40,
@@ -85,41 +80,15 @@ def test_killed_run_ends_in_the_same_bits(tiny_model, tiny_rows: PackedRows, tmp
     for mine, theirs in zip(resumed.parameters(), undisturbed.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step-00000035", "step-00000040"]
+    assert read_goodput(output).restarts == 1
 
 
 def test_a_finished_run_has_nothing_to_do(tiny_model, tiny_rows: PackedRows, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     first = fit(tiny_model(0), tiny_rows, causal_lm_loss, CONFIG, tmp_path, RUN)
     again = fit(tiny_model(1), tiny_rows, causal_lm_loss, CONFIG, tmp_path, RUN)
-    assert replace(again, seconds=0) == replace(first, seconds=0)
+    measured = {"seconds": 0, "effective_training_share": 0}
+    assert replace(again, **measured) == replace(first, **measured)
     assert first.train_loss < 3.5 < losses(tmp_path)[0][1]
-
-
-def saved(model: Transformer, directory: Path) -> TrainState:
-    state = TrainState(model, build_optimizers(model, CONFIG.optimizer), step=3)
-    save_checkpoint(state, directory, RUN, keep=2)
-    return state
-
-
-def test_another_run_is_refused(tiny_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    state = saved(tiny_model(0), tmp_path)
-    with pytest.raises(InputError, match=r"train\.steps was 40 and is now 41"):
-        restore(state, tmp_path, RUN | {"train": {"steps": 41, "log_every": 1}})
-
-
-def test_a_damaged_checkpoint_is_named(tiny_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    state = saved(tiny_model(0), tmp_path)
-    (data,) = (tmp_path / "step-00000003").glob("*.distcp")
-    data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"step-00000003 cannot be read"):
-        restore(state, tmp_path, RUN)
-
-
-def test_an_interrupted_save_does_not_count(tiny_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    state = saved(tiny_model(0), tmp_path)
-    (tmp_path / ".step-00000004.tmp-x").mkdir()
-    state.step = 0
-    assert restore(state, tmp_path, RUN)
-    assert state.step == 3
 
 
 def test_metrics_of_lost_steps_are_dropped(tmp_path: Path) -> None:

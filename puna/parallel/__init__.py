@@ -1,0 +1,1 @@
+"""Many processes that compute as one: layouts applied to the model from outside."""
