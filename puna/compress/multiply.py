@@ -57,10 +57,14 @@ def round_activations(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 def native_map(layer: "QuantizedLinear") -> NativeMap | None:
     """The layer as the native kernels read it, without its bias; None where they do not."""
-    quantization = layer.quantization
-    weights = layer.weight_int8 if quantization.kind == "int8" else layer.weight_packed
-    readable = quantization.activations == "int8" and quantization.symmetric and applicable(weights, layer.weight_scale)
-    return NativeMap(weights, layer.weight_scale) if readable else None
+    if "native" not in layer.repacked:
+        quantization = layer.quantization
+        weights = layer.weight_int8 if quantization.kind == "int8" else layer.weight_packed
+        rounds = quantization.activations == "int8" and quantization.symmetric
+        readable = rounds and applicable(weights, layer.weight_scale)
+        layer.repacked["native"] = NativeMap(weights, layer.weight_scale) if readable else None
+    found: NativeMap | None = layer.repacked["native"]
+    return found
 
 
 def _native_product(x_MK: Tensor, layer: "QuantizedLinear") -> Tensor:

@@ -7,6 +7,7 @@ rotated pairs of a head.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -96,6 +97,12 @@ class NativeMap:
         """Whether the kernels are made for any number of tokens, or only for a few."""
         return self.scales is not None
 
+    @cached_property
+    def alone(self) -> tuple[_Map, list[Tensor]]:
+        """As the kernels read it to multiply with nothing else, and what has to stay alive."""
+        kept: list[Tensor] = []
+        return self.describe(len(self.weights), kept), kept
+
     def describe(self, y_row: int, kept: list[Tensor]) -> _Map:
         """As the kernels read it; `kept` gets what has to stay alive."""
         bias = None if self.bias is None else self.bias.float().contiguous()
@@ -131,8 +138,7 @@ def multiply(x_MK: Tensor, weights: NativeMap) -> Tensor:
     """y_MN = x W^T + bias in float32."""
     x_MK = x_MK.float().contiguous()
     y_MN = torch.empty(len(x_MK), len(weights.weights))
-    kept: list[Tensor] = []
-    described = weights.describe(y_MN.shape[1], kept)
+    described, _ = weights.alone
     if len(x_MK):
         loaded_library().puna_multiply(
             ctypes.c_int(level()),
@@ -141,7 +147,6 @@ def multiply(x_MK: Tensor, weights: NativeMap) -> Tensor:
             ctypes.c_long(len(x_MK)),
             ctypes.c_void_p(y_MN.data_ptr()),
         )
-    del kept
     return y_MN
 
 
