@@ -8,16 +8,16 @@ decides. FLOPs are those of the matrix products (`puna.model.accounting`), with 
     python benchmarks/adaptive.py [--quick] [--json]
 """
 
-import argparse
-import json
 import statistics
 import sysconfig
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from figures import Figure, command_line, figure, show
 
 from puna.batches.tokenize import TokenizeConfig
 from puna.batches.tokenize import main as tokenize
@@ -156,11 +156,26 @@ def run(model: Transformer, gated: list[GatedLayer], repeats: int) -> tuple[floa
     return statistics.median(scoring), statistics.median(generating), share
 
 
+def figures_of(gated: Measured, plain: Measured) -> Iterator[Figure]:
+    """What was measured, beside each other; less is better of everything."""
+
+    def beside(what: str, ours: float, theirs: float, unit: str, **more: float) -> Figure:
+        name = f"mixture of depths, {what}: gated / plain"
+        return figure(name, ours, theirs, unit, less_is_better=True, **more)
+
+    steps = {"gated_steps": gated.steps, "plain_steps": plain.steps}
+    yield beside("held-out loss", gated.held_out_nats, plain.held_out_nats, "nats/token", **steps)
+    yield beside("training", gated.training_flops, plain.training_flops, "FLOP")
+    ours, theirs = gated.inference_flops_per_token, plain.inference_flops_per_token
+    yield beside("inference", ours, theirs, "FLOP/token", passed_share=gated.passed_share)
+    ours, theirs = gated.scoring_seconds_per_1000_tokens, plain.scoring_seconds_per_1000_tokens
+    yield beside("scoring", ours * 1e3, theirs * 1e3, "µs/token")
+    ours, theirs = gated.generation_seconds_per_token, plain.generation_seconds_per_token
+    yield beside("generation without a cache", ours * 1e3, theirs * 1e3, "ms/token")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="little text and few steps: about a minute")
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "little text and few steps: about a minute").parse_args()
     steps, megabytes, repeats = (30, 0.5, 5) if arguments.quick else (600, 4.0, 21)
     more = flops_per_token(0, 1.0) / flops_per_token(SHAPE.num_layers // DEPTHS.every, DEPTHS.capacity)
     with tempfile.TemporaryDirectory() as scratch:
@@ -168,13 +183,8 @@ def main() -> None:
         prepare_text(folder, megabytes)
         plain = measure(folder, "plain", None, steps, repeats)
         gated = measure(folder, "gated", DEPTHS, round(steps * more), repeats)
-    if arguments.json:
-        print(json.dumps({"name": "mixture of depths / plain", "ours": asdict(gated), "theirs": asdict(plain)}))
-        return
-    print(f"{'':<36}{'plain':>12}{'gated':>12}{'ratio':>8}")
-    for name, value in asdict(plain).items():
-        other = asdict(gated)[name]
-        print(f"{name:<36}{value:>12.4g}{other:>12.4g}{other / value:>8.2f}")
+    for found in figures_of(gated, plain):
+        show(found, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the engine generates with a small model of the same vocabulary, with and without
 xgrammar is used where it is installed (pip install xgrammar); without it the figures of `theirs` are absent.
 """
 
-import argparse
 import gzip
 import json
 import statistics
@@ -21,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from figures import command_line, figure, show
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}
@@ -148,16 +149,12 @@ def microseconds_per_token(tokenizer: Any, rows: int, rounds: int) -> tuple[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="every eighth schema: under 50 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    parser = command_line(__doc__, "every eighth schema: under 50 s")
     parser.add_argument("--schemas", type=Path, default=DATA / "structured" / "maskbench_schemas.jsonl.gz")
     parser.add_argument("--tokenizer", type=Path, default=DATA / "tokenizers" / "llama3", help="folder of a tokenizer")
     arguments = parser.parse_args()
     if not arguments.schemas.exists() or not arguments.tokenizer.exists():
         sys.exit("There is no data beside the checkout: name MaskBench's schemas (--schemas) and a --tokenizer.")
-
-    from train_vs_transformers import hardware
 
     from puna.tokenizer.load import load_tokenizer
 
@@ -174,33 +171,23 @@ def main() -> None:
         for side, found in zip(sides, measured, strict=True):
             measure(side, rows[first : first + 20], tokenizer, found)
 
-    def report(name: str, unit: str, ours: float, theirs: float | None) -> None:
-        ratio = None if not theirs else round(ours / theirs, 3)
-        figure = {"name": f"constrained, {name}", "ours": round(ours, 3)}
-        figure |= {"theirs": None if theirs is None else round(theirs, 3), "ratio": ratio}
-        figure |= {"unit": unit, "hardware": hardware()}
-        if arguments.json:
-            print(json.dumps(figure))
-        else:
-            print(f"{name:<58} {figure['ours']:>10} {figure['theirs'] or '':>10} {unit}")
+    def report(name: str, unit: str, both: Sequence[float], less_is_better: bool = True) -> None:
+        theirs = both[1] if len(both) > 1 else None
+        show(figure(f"constrained, {name}", both[0], theirs, unit, less_is_better=less_is_better), arguments.json)
 
     def compare(name: str, unit: str, samples: Sequence[dict[str, float]]) -> None:
         common = set.intersection(*(set(sample) for sample in samples))
         for label, of in (("median", statistics.median), ("worst", max)):
-            both = [of(sample[key] for key in common) for sample in samples]
-            report(f"{name}, {label}", unit, both[0], both[1] if len(both) > 1 else None)
+            report(f"{name}, {label}", unit, [of(sample[key] for key in common) for sample in samples])
 
-    if not arguments.json:
-        print(f"{'(' + hardware() + ')':<58} {'ours':>10} {'theirs':>10}")
     shares = [len(found.compile_ms) / len(rows) for found in measured]
-    report("schemas supported", "share", shares[0], shares[1] if len(shares) > 1 else None)
-    wrongs = [found.wrong for found in measured]
-    report("instances misjudged in those", "count", wrongs[0], wrongs[1] if len(wrongs) > 1 else None)
+    report("schemas supported", "share", shares, less_is_better=False)
+    report("instances misjudged in those", "count", [found.wrong for found in measured])
     compare("compile a schema", "ms", [found.compile_ms for found in measured])
     compare("mask and advance", "µs/token", [found.token_us for found in measured])
     for batch in (1, 8):
-        bound, free = microseconds_per_token(tokenizer, batch, 3 if arguments.quick else 9)
-        report(f"engine, {batch} rows: constrained / free", "µs/token", bound, free)
+        both = microseconds_per_token(tokenizer, batch, 3 if arguments.quick else 9)
+        report(f"engine, {batch} rows: constrained / free", "µs/token", both)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from figures import Figure, command_line, figure, show
+
 PROCESSES = 2
 FILES = 16
 EDIT_RATES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.3)
@@ -403,7 +405,7 @@ def train_tokenizer(corpus: Path, folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def growth(folder: Path, sizes: Iterable[float]) -> Iterator[dict[str, Any]]:
+def growth(folder: Path, sizes: Iterable[float]) -> Iterator[Figure]:
     """Our side on corpora of several sizes: seconds for a megabyte and the peak of memory, beside the smallest's."""
     first: tuple[float, float] | None = None
     for megabytes in sizes:
@@ -416,9 +418,9 @@ def growth(folder: Path, sizes: Iterable[float]) -> Iterator[dict[str, Any]]:
         _, num_bytes = corpus_size(corpus)
         this = (num_bytes / 1e6 / measured["seconds"], measured["peak"] / 1e6)
         first = first or this
-        yield figure(f"growth, {megabytes} MB: speed, beside the smallest corpus", this[0], first[0], "MB/s")
+        yield figure(f"curation, growth, {megabytes} MB: speed, beside the smallest corpus", this[0], first[0], "MB/s")
         yield figure(
-            f"growth, {megabytes} MB: peak memory, beside the smallest corpus",
+            f"curation, growth, {megabytes} MB: peak memory, beside the smallest corpus",
             this[1],
             first[1],
             "MB",
@@ -434,22 +436,7 @@ def warm_up(folder: Path) -> Path:
     return corpus
 
 
-def figure(name: str, ours: float, theirs: float, unit: str, less_is_better: bool = False) -> dict[str, Any]:
-    from train_vs_transformers import hardware
-
-    better, worse = (theirs, ours) if less_is_better else (ours, theirs)
-    ratio = round(better / worse, 3) if worse else None
-    return {
-        "name": f"curation, {name}",
-        "ours": round(ours, 4),
-        "theirs": round(theirs, 4),
-        "ratio": ratio,
-        "unit": unit,
-        "hardware": hardware(),
-    }
-
-
-def benchmark(folder: Path, megabytes: float) -> Iterator[dict[str, Any]]:
+def benchmark(folder: Path, megabytes: float) -> Iterator[Figure]:
     corpus = folder / "corpus"
     assemble(corpus, megabytes)
     documents, num_bytes = corpus_size(corpus)
@@ -461,19 +448,18 @@ def benchmark(folder: Path, megabytes: float) -> Iterator[dict[str, Any]]:
         for stage, seconds in measured[side]["stages"].items():
             print(f"{side:>6}  {stage:<28} {seconds:8.1f} s", file=sys.stderr)
     ours, theirs = measured["ours"], measured["theirs"]
-    size = f"{num_bytes / 1e6:.0f} MB"
-    yield figure(f"{size} end to end", documents / ours["seconds"], documents / theirs["seconds"], "documents/s")
+    whole = f"curation, {num_bytes / 1e6:.0f} MB end to end"
+    yield figure(whole, documents / ours["seconds"], documents / theirs["seconds"], "documents/s")
     megabytes_of = num_bytes / 1e6
-    yield figure(f"{size} end to end", megabytes_of / ours["seconds"], megabytes_of / theirs["seconds"], "MB/s")
-    yield figure("peak memory of all processes", ours["peak"] / 1e6, theirs["peak"] / 1e6, "MB", less_is_better=True)
+    yield figure(whole, megabytes_of / ours["seconds"], megabytes_of / theirs["seconds"], "MB/s")
+    peak = "curation, peak memory of all processes"
+    yield figure(peak, ours["peak"] / 1e6, theirs["peak"] / 1e6, "MB", less_is_better=True)
     for name, our_value, their_value, unit in compare(our_result(folder / "ours"), their_result(folder / "theirs")):
-        yield figure(name, our_value, their_value, unit)
+        yield figure(f"curation, {name}", our_value, their_value, unit)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small corpus: under 50 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    parser = command_line(__doc__, "a small corpus: under 50 s")
     parser.add_argument("--megabytes", type=float, default=120, help="size of the corpus")
     parser.add_argument("--growth", action="store_true", help="ours alone on corpora of several sizes")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
@@ -492,11 +478,7 @@ def main() -> None:
         else:
             figures = benchmark(folder, 1.5 if arguments.quick else arguments.megabytes)
         for found in figures:
-            if arguments.json:
-                print(json.dumps(found), flush=True)
-            else:
-                values = f"{found['ours']:>12,.3f} {found['theirs']:>12,.3f} {found['unit']:<12}"
-                print(f"{found['name']:<92} {values} {found['ratio']}", flush=True)
+            show(found, arguments.json)
 
 
 if __name__ == "__main__":

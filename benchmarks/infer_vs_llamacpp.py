@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from figures import Figure, command_line, figure, show
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.1B": {
@@ -59,9 +60,7 @@ GGUF_TYPES = {4: "q4_0", 8: "q8_0"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="0.1B and few tokens: under 50 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    parser = command_line(__doc__, "0.1B and few tokens: under 50 s")
     parser.add_argument("--size", action="append", choices=SHAPES, help="model size; all where absent")
     parser.add_argument(
         "--bits", action="append", type=int, choices=GGUF_TYPES, help="bits of a weight; both where absent"
@@ -77,19 +76,11 @@ def main() -> None:
     for size in sizes:
         for bits in arguments.bits or list(GGUF_TYPES):
             with tempfile.TemporaryDirectory() as folder:
-                for figure in compare(size, bits, Path(folder), arguments.quick, arguments.rounds):
-                    figure["hardware"] = hardware()
-                    if arguments.json:
-                        print(json.dumps(figure), flush=True)
-                    else:
-                        ours, theirs = f"{figure['ours']:>9,.1f}", f"{figure['theirs']:>9,.1f}"
-                        print(
-                            f"{figure['name']:<58} {ours} / {theirs} {figure['unit']:<9} = {figure['ratio']}",
-                            flush=True,
-                        )
+                for found in compare(size, bits, Path(folder), arguments.quick, arguments.rounds):
+                    show(found, arguments.json)
 
 
-def compare(size: str, bits: int, folder: Path, quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
+def compare(size: str, bits: int, folder: Path, quick: bool, rounds: int) -> Iterator[Figure]:
     """All figures of one model."""
     name = f"{size}, {bits} bits"
     weight_bytes = prepare(size, bits, folder, transformers=not quick)
@@ -120,21 +111,14 @@ def compare(size: str, bits: int, folder: Path, quick: bool, rounds: int) -> Ite
                 )
         memory = {side: running.ask(side, kind="memory") for side in sides}
         for side in sides[1:]:
-            ratio = memory[side] / memory["puna"]
             what = f"{name}, peak memory: Puna / {side}"
-            yield {"name": what, "ours": memory["puna"], "theirs": memory[side], "ratio": round(ratio, 2), "unit": "MB"}
+            yield figure(what, memory["puna"], memory[side], "MB", less_is_better=True)
 
 
-def figure_of(name: str, ours: list[float], theirs: list[float], unit: str) -> dict[str, Any]:
+def figure_of(name: str, ours: list[float], theirs: list[float], unit: str) -> Figure:
     """Medians of both, and of the ratios of those that were taken one after the other."""
     ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
-    return {
-        "name": name,
-        "ours": round(statistics.median(ours), 1),
-        "theirs": round(statistics.median(theirs), 1),
-        "ratio": round(ratio, 2),
-        "unit": unit,
-    }
+    return figure(name, statistics.median(ours), statistics.median(theirs), unit, ratio=ratio)
 
 
 def bandwidth() -> float:
@@ -344,13 +328,6 @@ def transformers(path: Path) -> Speed:
 
 
 WORKERS: dict[str, Callable[[Path], Speed]] = {"puna": puna, "llama.cpp": llama_cpp, "transformers": transformers}
-
-
-def hardware() -> str:
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]  # noqa: SIM115, PTH123
-    flags = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")  # noqa: SIM115, PTH123
-    units = "AMX" if "amx_tile" in flags else "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()} ({units})"
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ with a smaller model or its own first layers where they are named.
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import re
 import statistics
@@ -26,11 +23,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from figures import Figure, command_line, figure, show
 from torch import Tensor
 
+from puna.infer.choose import Chooser
 from puna.infer.config import EngineConfig, SpeculationConfig
 from puna.infer.engine import Engine
 from puna.infer.generate import GenerateConfig, read_prompts
@@ -103,17 +101,17 @@ def made_up_cases(text: list[int], num_tokens: int, num_words: int, *, quick: bo
     return cases
 
 
-class Overruled(Engine):
+class Overruled(Chooser):
     """Computes everything, then says what it is told to."""
 
-    def tell(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
-        self._told = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
+    def tell(self, case: Case) -> None:
+        self._told = {tuple(prompt): answer for prompt, answer in zip(case.prompts, case.answers, strict=True)}
 
     def answer(self, request: Request) -> list[int]:
         return self._told[tuple(request.tokens[: request.num_prompt])]
 
-    def _allowed(self, sampled: list[Request], logits_RV: Tensor) -> Tensor:
-        allowed_RV = super()._allowed(sampled, logits_RV).clone()
+    def allowed(self, sampled: list[Request], logits_RV: Tensor) -> Tensor:
+        allowed_RV = super().allowed(sampled, logits_RV).clone()
         ahead, previous = 0, None
         for row, request in enumerate(sampled):
             ahead = ahead + 1 if request is previous else 0
@@ -125,15 +123,15 @@ class Overruled(Engine):
 class Hinted:
     """A proposer that computes its guesses, and is then right in a share of them."""
 
-    def __init__(self, proposer: Proposer, engine: Overruled) -> None:
+    def __init__(self, proposer: Proposer, chooser: Overruled) -> None:
         self._proposer = proposer
-        self._engine = engine
+        self._chooser = chooser
         self._chance = random.Random(0)
 
     def propose(self, requests: list[Request], counts: list[int]) -> list[Draft]:
         hinted = []
         for request, draft in zip(requests, self._proposer.propose(requests, counts), strict=True):
-            known = self._engine.answer(request)[request.num_generated :]
+            known = self._chooser.answer(request)[request.num_generated :]
             ids = [known[i] if self._chance.random() < RIGHT else guess for i, guess in enumerate(draft.ids)]
             hinted.append(Draft(ids))
         return hinted
@@ -146,10 +144,11 @@ def made_up_engine(case: Case, tokenizer: TiktokenTokenizer, speculates: bool, m
     config = EngineConfig(max_rows=len(case.prompts), max_context=1024, prefix_cache=False)
     if speculates:
         config = replace(config, speculation=case.speculation)
-    engine = Overruled(models[0], tokenizer, config, guesser=models[1])
-    engine.tell(case.prompts, case.answers)
+    engine = Engine(models[0], tokenizer, config, guesser=models[1])
+    chooser = engine.chooser = Overruled(tokenizer, MODEL.vocab_size, models[0].norm.weight.device)
+    chooser.tell(case)
     if engine.speculator is not None and case.speculation.kind == "model":
-        engine.speculator._proposer = Hinted(engine.speculator._proposer, engine)  # type: ignore[assignment]
+        engine.speculator._proposer = Hinted(engine.speculator._proposer, chooser)  # type: ignore[assignment]
     return engine
 
 
@@ -169,7 +168,7 @@ def decoding_speed(engine: Engine, prompts: list[list[int]], num_tokens: int) ->
 
 def compare(
     name: str, plain: Engine, speculating: Engine, prompts: list[list[int]], num_tokens: int, rounds: int
-) -> dict[str, Any]:
+) -> Figure:
     """Both in turn, `rounds` times after one that warms up; medians."""
     speeds: dict[Engine, list[float]] = {plain: [], speculating: []}
     for number in range(rounds + 1):
@@ -180,33 +179,13 @@ def compare(
     counted = speculating.speculator
     assert counted is not None
     ours, theirs = (statistics.median(found) for found in (speeds[speculating], speeds[plain]))
-    return {
-        "name": f"speculation, {name}: with / without",
-        "ours": round(ours, 1),
-        "theirs": round(theirs, 1),
-        "ratio": round(ours / theirs, 2),
-        "unit": "tokens/s",
-        "hardware": hardware(),
-        "accepted_share": round(counted.num_accepted / max(counted.num_proposed, 1), 3),
-        "proposed_per_token": round(counted.num_proposed / ((rounds + 1) * len(prompts) * num_tokens), 2),
-    }
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]  # noqa: SIM115, PTH123
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
-
-
-def show(figure: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figure), flush=True)
-        return
-    print(
-        f"{figure['name']:<66} {figure['ours']:>8,.1f} / {figure['theirs']:>8,.1f} tokens/s = {figure['ratio']:.2f}; "
-        f"{figure['accepted_share']:.0%} of {figure['proposed_per_token']:.2f} guesses a token accepted",
-        flush=True,
+    return figure(
+        f"speculation, {name}: with / without",
+        ours,
+        theirs,
+        "tokens/s",
+        accepted_share=round(counted.num_accepted / max(counted.num_proposed, 1), 3),
+        proposed_per_token=round(counted.num_proposed / ((rounds + 1) * len(prompts) * num_tokens), 2),
     )
 
 
@@ -243,9 +222,7 @@ def own(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="short answers, one text at a time: under 50 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    parser = command_line(__doc__, "short answers, one text at a time: under 50 s")
     parser.add_argument("--model", type=Path, help="a model directory of your own, with --prompts")
     parser.add_argument("--prompts", type=Path, help="prompts for it, as `puna generate` takes them")
     parser.add_argument("--draft", type=Path, help="a smaller model with the same tokenizer")

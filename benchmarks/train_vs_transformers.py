@@ -1,4 +1,4 @@
-"""Training tokens per second: Puna's training step beside the `transformers` model in a plain loop.
+"""Training tokens per second: Puna's step beside the models of `transformers` and `litgpt` in a plain loop.
 
 Same shape, same tokens, same batch, same optimiser (fused AdamW, gradient clipping), one run. The other side gets its
 best settings: every variant in THEIRS is timed (attention through scaled_dot_product_attention, the library's
@@ -13,13 +13,14 @@ machine whose speed drifts hits both alike. A variant's figure is the median of 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from figures import command_line, figure, show
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Pretraining rows for a model of five million parameters with a small vocabulary.
@@ -102,6 +103,9 @@ THEIRS = (
     "transformers autocast",
     "transformers fp32 compiled",
     "transformers bf16 compiled",
+    "litgpt fp32",
+    "litgpt fp32 compiled",
+    "litgpt bf16 compiled",
 )
 LEARNING_RATE = 1e-4
 
@@ -221,11 +225,62 @@ def transformers_step(shape: dict[str, Any], precision: str, compiled: bool) -> 
     return step
 
 
+def litgpt_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable[[], float]:
+    """The model, loss and optimiser of litgpt's `pretrain.py`; attention crosses documents there too."""
+    import torch
+    from litgpt.model import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model_shape = shape["model"]
+    documents = documents_of(shape)
+    if "conversations" in shape:
+        inputs = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True).to(device)
+        targets = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=-100).to(device)
+    else:
+        inputs = targets = torch.cat(documents).view(shape["rows"], shape["row_length"]).to(device)
+    config = Config(
+        block_size=shape["row_length"],
+        vocab_size=model_shape["vocab_size"],
+        padded_vocab_size=model_shape["vocab_size"],
+        n_layer=model_shape["num_layers"],
+        n_head=model_shape["num_heads"],
+        n_query_groups=model_shape["num_kv_heads"],
+        n_embd=model_shape["dim"],
+        head_size=model_shape["head_dim"],
+        intermediate_size=model_shape["hidden_dim"],
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        norm_eps=1e-5,
+        mlp_class_name="LLaMAMLP",
+    )
+    model = GPT(config).to(device)
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def step() -> float:
+        loss = chunked_cross_entropy(forward(inputs[:, :-1]), targets[:, 1:], chunk_size=0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
+BUILD = {"puna": puna_step, "transformers": transformers_step, "litgpt": litgpt_step}
+
+
 def measure(variant: str, shape_name: str, seconds: float) -> dict[str, float]:
     """Median seconds a step of one variant, timed for about `seconds` after two steps of warm-up."""
     library, precision, *rest = variant.split()
-    build = puna_step if library == "puna" else transformers_step
-    step = build(SHAPES[shape_name], precision, bool(rest))
+    step = BUILD[library](SHAPES[shape_name], precision, bool(rest))
     step()
     loss = step()
     times: list[float] = []
@@ -236,21 +291,8 @@ def measure(variant: str, shape_name: str, seconds: float) -> dict[str, float]:
     return {"seconds": statistics.median(times), "loss": loss}
 
 
-def hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]  # noqa: SIM115, PTH123
-    flags = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")  # noqa: SIM115, PTH123
-    units = "AMX" if "amx_tile" in flags else "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()} ({units})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="float32 without compilation, the first shape: under 50 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    parser = command_line(__doc__, "float32 without compilation, the first shape: under 50 s")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0, help=argparse.SUPPRESS)
@@ -284,21 +326,13 @@ def main() -> None:
             ours = max((v for v in speeds if v in OURS), key=speeds.__getitem__)
             theirs = max((v for v in speeds if v in THEIRS), key=speeds.__getitem__)
             running = [ours, theirs]
-        figure = {
-            "name": f"training, {shape_name}: {ours} / {theirs}",
-            "ours": round(speeds[ours]),
-            "theirs": round(speeds[theirs]),
-            "ratio": round(speeds[ours] / speeds[theirs], 2),
-            "unit": "tokens/s",
-            "hardware": hardware(),
-        }
-        if arguments.json:
-            print(json.dumps(figure))
-        else:
-            print(f"{shape_name} ({hardware()})")
+        if not arguments.json:
             for variant, speed in sorted(speeds.items(), key=lambda item: -item[1]):
                 print(f"  {variant:<28} {speed:>9,.0f} tokens/s")
-            print(f"  best of ours / best of theirs: {figure['ratio']}")
+        show(
+            figure(f"training, {shape_name}: {ours} / {theirs}", speeds[ours], speeds[theirs], "tokens/s"),
+            arguments.json,
+        )
 
 
 if __name__ == "__main__":
