@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which loads the compiler only when called
 
 from puna.kernels.library import address, level, loaded_library, native_library
 from puna.model.attend import Attend, DocumentAttend
@@ -40,7 +41,7 @@ class NativeDocumentAttend:
         self.longest = int(self.starts.diff().max())
 
     # The kernels are opaque to a compiler.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         if q_BTHK.dtype is not torch.float32 or q_BTHK.shape[-1] % 16:
             self._other = self._other or DocumentAttend(self.documents_BT)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which loads the compiler only when called
 
 
 class Attend(Protocol):
@@ -78,7 +79,7 @@ class DocumentAttend:
                 self._mask_BTS = self._mask_BTS.tril()
 
     # Shapes of the regrouped form change with every batch, for each of which a compiler would compile anew.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         if self._regrouping is None:
             return scaled_dot_product(q_BTHK, k_BTGK, v_BTGK, mask_BTS=self._mask_BTS)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which loads the compiler only when called
 
 from puna.model.attend import Attend, DocumentAttend, causal
 from puna.model.rope import Rotation
@@ -124,7 +125,7 @@ def depths_of(model: Transformer) -> Depths | None:
 
 
 # Shapes change with every batch in evaluation.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def attend_to_chosen(attend: Attend, chosen_BC: Tensor, real_BC: Tensor) -> Attend:
     """The same context as `attend`, among the chosen tokens only.
 
