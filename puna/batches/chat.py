@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from puna.batches.conversations import Conversation
 from puna.batches.shards import ShardWriter
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path
@@ -14,44 +14,41 @@ from puna.tokenizer.chat import render_chat
 
 
 def write_chat_shards(
-    conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer, destination: Path, row_length: int
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, destination: Path, row_length: int
 ) -> None:
     """Render, check and store conversations.
 
     Args:
-        conversations: objects with "messages", as the OpenAI API has them, and optionally "tools" and "id".
+        conversations: what was said.
         tokenizer: with its chat template.
         destination: shard folder to write.
         row_length: the longest conversation, in tokens, that training will see whole.
 
     Raises:
-        InputError: a conversation cannot be rendered (with its number); or what came out cannot be trained on:
-            nothing is supervised, everything is, an answer's end is not, or BOS stands twice.
+        InputError: a conversation cannot be rendered; or what came out cannot be trained on: nothing is supervised,
+            everything is, an answer's end is not, or BOS stands twice. Names the line.
     """
-    problems: dict[str, list[int]] = {}
+    problems: dict[str, list[str]] = {}
     count = too_long = 0
     with atomic_path(destination) as folder, progress("Rendering conversations", total=None) as advance:
         folder.mkdir()
         with ShardWriter(folder, tokenizer.vocab_size) as writer:
             for count, conversation in enumerate(conversations, start=1):
-                messages = conversation.get("messages")
-                if not isinstance(messages, list):
-                    raise InputError(f'Conversation {count} has no list "messages".')
                 try:
-                    rendered = render_chat(tokenizer, messages, tools=conversation.get("tools"))
+                    rendered = render_chat(tokenizer, conversation.messages, tools=conversation.tools)
                 except InputError as error:
-                    raise InputError(f"Conversation {count}: {error}") from error
+                    raise InputError(f"{conversation.where}: {error}") from error
                 for problem in _problems(rendered.ids, rendered.mask, tokenizer):
-                    problems.setdefault(problem, []).append(count)
+                    problems.setdefault(problem, []).append(conversation.where)
                 too_long += len(rendered.ids) > row_length
-                num_bytes = sum(len(str(message.get("content") or "").encode()) for message in messages)
-                writer.add(rendered.ids, str(conversation.get("id", count)), num_bytes, rendered.mask)
+                num_bytes = sum(len(str(message.get("content") or "").encode()) for message in conversation.messages)
+                writer.add(rendered.ids, conversation.id or str(count), num_bytes, rendered.mask)
                 advance()
         if not count:
             raise InputError("There is no conversation to train on.")
         if problems:
             listed = "; ".join(
-                f"{problem} ({len(where):,} of {count:,}, the first is number {where[0]})"
+                f"{problem} ({len(where):,} of {count:,}, the first is {where[0]})"
                 for problem, where in problems.items()
             )
             raise InputError(f"These conversations cannot be trained on: {listed}. Is the chat template the right one?")

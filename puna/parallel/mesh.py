@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from puna.parallel.config import ParallelConfig
 from puna.runtime.devices import DeviceName, available_cores
@@ -41,13 +42,30 @@ def joined_processes(device: DeviceName) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     # torch warns that two exchanges of one number at the end of a step, and those of an export, could be one each.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    dist.init_process_group(backend)
+    dist.init_process_group(
+        backend, store=_store(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
     loud, console.quiet = console.quiet, dist.get_rank() > 0
     try:
         yield
     finally:
         console.quiet = loud
         dist.destroy_process_group()
+
+
+def _store() -> Store:
+    """Where the processes find each other: at the address that they were started with.
+
+    torchrun's own store outlives a restart, with the addresses of processes that are dead; so each start has its own
+    part of it.
+    """
+    held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=not held_by_torchrun and os.environ["RANK"] == "0",
+    )
+    return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def is_first_process() -> bool:

@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from puna.compress.linear import QuantizedLinear
-from puna.model.transformer import Linear, Transformer
-from puna.peft.apply import adaptable_names, adapted_maps, attach, common_targets, refuse_adapters
-from puna.peft.lora import LoRAConfig, LoRALinear
-from puna.peft.method import AdaptedLinear, Method
+from puna.model.transformer import Transformer
+from puna.peft.apply import (
+    adaptable_names,
+    adapted_maps,
+    attach,
+    common_targets,
+    refuse_adapters,
+    target_names,
+    virtual_tokens,
+    whole_parameters,
+)
+from puna.peft.method import AdaptedLinear, Base, MapMethod, Method, VirtualMethod, hf_name
+from puna.peft.methods import METHODS
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, read_json, write_json
 from puna.runtime.manifest import Manifest
@@ -24,10 +32,8 @@ from puna.weights.stored import shorten
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-METHODS: Mapping[str, tuple[type[Method], type[AdaptedLinear]]] = {LoRAConfig.PEFT_TYPE: (LoRAConfig, LoRALinear)}
-"""`peft_type` -> what configures it, and what it puts in a map's place."""
-
 _PREFIX = "base_model.model."
+_VIRTUAL = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class StoredAdapter:
     """Its settings; its targets are the maps that it has tensors for, by name."""
     tensors: Mapping[str, Mapping[str, Tensor]]
     """Name of a linear map -> name of an adapter's parameter -> its value."""
+    whole: Mapping[str, Tensor]
+    """Name of a parameter of the model -> its value."""
+    virtual: Tensor | None
+    """Virtual tokens."""
 
     def check(self, model: Transformer) -> None:
         """See whether it was made for a model like this, which has no adapters.
@@ -56,14 +66,27 @@ class StoredAdapter:
             )
         for name, own in self.tensors.items():
             base = model.get_submodule(name)
-            assert isinstance(base, Linear | QuantizedLinear)
-            expected = self.method.shapes(base.in_features, base.out_features)
+            assert isinstance(base, Base)
+            assert isinstance(self.method, MapMethod)
             found = {parameter: tuple(tensor.shape) for parameter, tensor in own.items()}
-            if found != expected:
-                raise InputError(
-                    f"The adapter in {self.where} does not fit this model and its {CONFIG_FILE}: {name} has {found}, "
-                    f"but should have {expected}. Use it with the model that it was trained on."
-                )
+            self._compare(name, found, self.method.shapes(name, base.in_features, base.out_features))
+        if self.virtual is not None:
+            assert isinstance(self.method, VirtualMethod)
+            expected = (self.method.num_virtual_tokens, self.method.width(model.config))
+            self._compare(_VIRTUAL, tuple(self.virtual.shape), expected)
+        if isinstance(self.method, MapMethod):
+            chosen = target_names(model, self.method)
+            if lacking := [name for name in chosen if name not in self.tensors]:
+                raise InputError(f"The adapter in {self.where} is incomplete: it lacks {shorten(lacking)}.")
+        for name, parameter in whole_parameters(model, self.method).items():
+            self._compare(name, tuple(self.whole[name].shape), tuple(parameter.shape))
+
+    def _compare(self, name: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise InputError(
+                f"The adapter in {self.where} does not fit this model and its {CONFIG_FILE}: {name} has {found}, "
+                f"but should have {expected}. Use it with the model that it was trained on."
+            )
 
 
 def read_adapter(directory: Path) -> StoredAdapter:
@@ -83,48 +106,69 @@ def read_adapter(directory: Path) -> StoredAdapter:
     if not isinstance(values, dict):
         raise InputError(f"{config_path} has to hold a JSON object.")
     kind = values.get("peft_type")
-    if not isinstance(kind, str) or kind not in METHODS:
-        raise InputError(f"{config_path} has peft_type {kind!r}; Puna reads {', '.join(METHODS)}.")
-    if values.get("modules_to_save") or values.get("trainable_token_indices"):
+    methods = {method.PEFT_TYPE: method for method in METHODS.values()}
+    if not isinstance(kind, str) or kind not in methods:
+        raise InputError(f"{config_path} has peft_type {kind!r}; Puna reads {', '.join(methods)}.")
+    if values.get("trainable_token_indices"):
         raise InputError(
-            f"{config_path} has modules_to_save or trainable_token_indices: whole layers or rows beside the adapter, "
-            "which Puna does not read. Merge the adapter into its model with PEFT."
+            f"{config_path} has trainable_token_indices: rows of the embedding beside the adapter, which Puna does not "
+            "read. Merge the adapter into its model with PEFT."
         )
-    method, module = METHODS[kind]
-    tensors = _read_tensors(weights_path, module)
-    return StoredAdapter(str(directory), method.from_peft(values, tuple(tensors), str(config_path)), tensors)
+    method = methods[kind]
+    maps, whole, virtual = _read_tensors(weights_path, method, values)
+    settings = method.from_peft(values, tuple(maps), tuple(whole), str(config_path))
+    return StoredAdapter(str(directory), settings, maps, whole, virtual)
 
 
-def _read_tensors(path: Path, module: type[AdaptedLinear]) -> dict[str, dict[str, Tensor]]:
+def _read_tensors(
+    path: Path, method: type[Method], values: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], Tensor | None]:
+    """What `StoredAdapter` holds as tensors, whole and virtual."""
     file = open_safetensors(path)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    unknown = []
+    linear = method.linear(values) if issubclass(method, MapMethod) else None
+    maps: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    virtual, unknown = None, []
     for key in file.keys():  # noqa: SIM118 (not a dictionary)
-        found = _split(key, module)
-        if found is None:
-            unknown.append(key)
-        else:
+        if key == _VIRTUAL and issubclass(method, VirtualMethod):
+            virtual = file.get_tensor(key)
+        elif linear is not None and (found := _split(key, linear)):
             name, own = found
-            tensors.setdefault(name, {})[own] = file.get_tensor(key)
+            maps.setdefault(name, {})[own] = file.get_tensor(key)
+        elif name_whole := _whole_name(key):
+            whole[name_whole] = file.get_tensor(key)
+        else:
+            unknown.append(key)
     if unknown:
         raise InputError(f"{path} holds tensors that Puna has no place for: {shorten(unknown)}.")
-    if not tensors:
-        raise InputError(f"{path} holds no tensors.")
-    if half := [name for name, own in tensors.items() if own.keys() != module.FILE_NAMES.keys()]:
+    own_part = virtual is not None if issubclass(method, VirtualMethod) else maps if linear else whole
+    if not own_part:
+        raise InputError(f"{path} holds no tensors of {method.kind}.")
+    stored = [to_hf(name).rpartition(".")[0] for name in whole]
+    if lacking := [m for m in values.get("modules_to_save") or () if not any(name.endswith(m) for name in stored)]:
+        raise InputError(
+            f"{path} is incomplete: it lacks {shorten(lacking)}, which {CONFIG_FILE} has as modules_to_save."
+        )
+    if linear and (half := [name for name, own in maps.items() if own.keys() != linear.FILE_NAMES.keys()]):
         raise InputError(f"{path} is incomplete: {shorten(half)} have only a part of the adapter's tensors.")
-    return tensors
+    return maps, whole, virtual
 
 
-def _split(key: str, module: type[AdaptedLinear]) -> tuple[str, str] | None:
+def _split(key: str, linear: type[AdaptedLinear]) -> tuple[str, str] | None:
     """Names of the map and of the adapter's parameter that a file's key stands for."""
-    for own, suffix in module.FILE_NAMES.items():
+    for own, suffix in linear.FILE_NAMES.items():
         stem = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
-        if key == f"{_PREFIX}{stem}.{suffix}":
-            try:
-                return from_hf(f"{stem}.weight").removesuffix(".weight"), own
-            except KeyError:
-                return None
+        if key == f"{_PREFIX}{stem}.{suffix}" and (name := _whole_name(f"{_PREFIX}{stem}.weight")):
+            return name.removesuffix(".weight"), own
     return None
+
+
+def _whole_name(key: str) -> str | None:
+    """Name of the model's parameter that a file's key stands for."""
+    try:
+        return from_hf(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
+    except KeyError:
+        return None
 
 
 def load_adapter(model: Transformer, directory: Path) -> Method:
@@ -142,7 +186,23 @@ def load_adapter(model: Transformer, directory: Path) -> Method:
         for name, own in stored.tensors.items():
             for parameter_name, parameter in maps[name].own_parameters().items():
                 parameter.copy_(own[parameter_name])
+        for name, parameter in whole_parameters(model, stored.method).items():
+            parameter.copy_(stored.whole[name])
+        if (virtual := virtual_tokens(model)) and stored.virtual is not None:
+            virtual.vectors.copy_(stored.virtual)
     return stored.method
+
+
+def stored_parameters(model: Transformer, method: Method) -> dict[str, nn.Parameter]:
+    """What a file holds of a model with this method attached, by its names there."""
+    parameters = {
+        f"{_PREFIX}{hf_name(name)}.{adapted.FILE_NAMES[own]}": parameter
+        for name, adapted in adapted_maps(model).items()
+        for own, parameter in adapted.own_parameters().items()
+    }
+    parameters |= {f"{_PREFIX}{to_hf(name)}": parameter for name, parameter in whole_parameters(model, method).items()}
+    virtual = virtual_tokens(model)
+    return parameters if virtual is None else parameters | {_VIRTUAL: virtual.vectors}
 
 
 def save_adapter(
@@ -163,24 +223,22 @@ def save_adapter(
     Raises:
         OSError: the disk is full, or cannot be written; nothing is left behind.
     """
-    maps = adapted_maps(model)
-    assert maps, "the model has no adapters"
-    hf_names = {name: to_hf(f"{name}.weight").removesuffix(".weight") for name in adaptable_names(model)}
-    targets = common_targets([hf_names[name] for name in maps], list(hf_names.values()))
+    maps, whole = adapted_maps(model), whole_parameters(model, method)
+    parameters = stored_parameters(model, method)
+    assert parameters, "nothing was attached to the model"
+    hf_names = {name: hf_name(name) for name in adaptable_names(model)}
     values: dict[str, Any] = {
         "peft_type": method.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "modules_to_save": None,
-        "target_modules": list(targets),
-        **method.to_peft(),
+        "modules_to_save": sorted({to_hf(name).rpartition(".")[0] for name in whole}) or None,
+        **method.to_peft(model.config, list(maps)),
     }
-    tensors = {
-        f"{_PREFIX}{hf_names[name]}.{adapted.FILE_NAMES[own]}": parameter.detach().cpu().contiguous()
-        for name, adapted in maps.items()
-        for own, parameter in adapted.own_parameters().items()
-    }
+    if maps:
+        targets = common_targets([hf_names[name] for name in maps], list(hf_names.values()))
+        values.setdefault("target_modules", list(targets))
+    tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters.items()}
     with atomic_path(directory) as fresh:
         fresh.mkdir()
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -36,7 +36,7 @@ STAGES = {
         "puna.pretrain.planner.main", "PlanConfig", "Find the fastest layout of a model on a cluster that fits."
     ),
     "scaling": Stage("puna.pretrain.scaling.main", "ScalingConfig", "Fit scaling laws, and say how to spend a budget."),
-    "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to follow instructions."),
+    "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to answer, classify, tag or find."),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
     "needle": Stage("puna.evaluate.needle", "NeedleConfig", "Hide a sentence in long texts and ask for it."),
     "compress": Stage(

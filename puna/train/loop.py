@@ -2,10 +2,11 @@
 
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,21 @@ class TrainResult:
         )
 
 
+class Watch(Protocol):
+    """Looks on at validations: measures more, keeps what is best, ends the training."""
+
+    def measure(
+        self, state: TrainState, point: Mapping[str, float], earlier: Sequence[Mapping[str, float]]
+    ) -> dict[str, float]:
+        """What there is to measure beside `point`, which a validation measured, and `earlier` ones, oldest first."""
+        ...
+
+    def ends(self, points: Sequence[Mapping[str, float]]) -> bool:
+        """Whether training is over after these points of curves, the oldest first; decided by them alone, so that an
+        interrupted run ends where another would."""
+        ...
+
+
 def fit(
     model: Transformer,
     rows: Rows,
@@ -88,6 +104,7 @@ def fit(
     output: Path,
     run: dict[str, Any],
     held_out: EpochRows | None = None,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """Train `model` in place until `config.steps`, going on from the newest checkpoint in `output` if there is one.
 
@@ -103,6 +120,7 @@ def fit(
             left out, and stacks/ where training stood still.
         run: plain values that define the data and model, so that a checkpoint of something else is refused.
         held_out: rows to measure the loss on, one epoch of them.
+        watch: called after each validation.
 
     Raises:
         InputError: a layout that does not fit, a checkpoint of another run, divergence, or a broken machine.
@@ -129,6 +147,7 @@ def fit(
             config=config,
             device=device,
             held_out=held_out,
+            watch=watch,
             output=output,
             run=run,
             checkpoints=checkpoints,
@@ -166,6 +185,7 @@ class _Job:
     config: TrainConfig
     device: torch.device
     held_out: EpochRows | None
+    watch: Watch | None
     output: Path
     run: dict[str, Any]
     checkpoints: Checkpoints
@@ -187,6 +207,8 @@ def _train(job: _Job) -> Trouble | None:
     unread: list[tuple[int, StepResult]] = []
     losses: list[float] = []
     note = ""
+    points = _points_until(state.step, job.output)
+    ended = job.watch is not None and job.watch.ends(points)
     with ExitStack() as stack:
         metrics = None
         if is_first_process():
@@ -201,7 +223,7 @@ def _train(job: _Job) -> Trouble | None:
             )
         advance = stack.enter_context(progress("Training", total=config.steps - state.step))
         clock, clock_step = time.monotonic(), state.step
-        while state.step < config.steps:
+        while state.step < config.steps and not ended:
             check = _due(state.step + 1, config.faults.check_every)
             with timed_step() if check and several else nullcontext() as step_time:
                 number = next_good(state.batch, job.quarantine.batches)
@@ -214,8 +236,8 @@ def _train(job: _Job) -> Trouble | None:
                 say(line)
 
             last = state.step == config.steps
-            log = last or _due(state.step, config.log_every)
             validate = job.held_out is not None and (last or _due(state.step, config.validate_every))
+            log = last or _due(state.step, config.log_every) or (validate and job.watch is not None)
             save = last or _due(state.step, config.checkpoint_every)
             if not (log or validate or save or check):
                 advance(1, note)
@@ -251,9 +273,13 @@ def _train(job: _Job) -> Trouble | None:
                 job.watchdog.beat("measuring on held-out rows")
                 with ledger.during("validation"):
                     point["validation/loss"] = mean_loss(state, job.held_out, job.loss, config, job.device)
+                    if job.watch is not None:
+                        point |= job.watch.measure(state, point, points)
+                        points.append({"step": state.step, **point})
+                        ended = job.watch.ends(points)
             if point and metrics is not None:
                 metrics.write(state.step, point)
-            if save:
+            if save or ended:
                 job.watchdog.beat(f"writing the checkpoint of step {state.step}")
                 with ledger.during("checkpoint"):
                     job.checkpoints.save(state)
@@ -343,6 +369,12 @@ def _rows_below(limit: int, rows: EpochRows, own: range, *, fill: bool) -> Token
     return replace(batch, **without)
 
 
+def _points_until(step: int, output: Path) -> list[dict[str, Any]]:
+    """What an interrupted run has measured up to a step."""
+    path = output / "metrics.jsonl"
+    return [point for point in read_metrics(path) if point["step"] <= step] if step and path.exists() else []
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -351,7 +383,7 @@ def _summarise(points: list[dict[str, Any]], goodput: Goodput, seconds: float) -
     logged = [point for point in points if "train/loss" in point]
     validated = [point["validation/loss"] for point in points if "validation/loss" in point]
     return TrainResult(
-        steps=logged[-1]["step"],
+        steps=points[-1]["step"],
         train_loss=logged[-1]["train/loss"],
         validation_loss=validated[-1] if validated else None,
         tokens_per_second=statistics.median(point["speed/tokens_per_second"] for point in logged),

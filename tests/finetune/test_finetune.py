@@ -106,8 +106,8 @@ def _edited(config: dict[str, Any]) -> Callable[[Any], Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_edited({"model": replace(MODEL, vocab_size=289)}), "290 ids, but model.vocab_size is only 289"),
-        (_edited({"train": replace(TRAIN, row_length=65)}), "longer than model.context_length"),
+        (_edited({"model": replace(MODEL, vocab_size=289)}), "290 ids .*vocab_size is only 289"),
+        (_edited({"train": replace(TRAIN, row_length=65)}), "longer than the model.s context_length"),
         (_edited({"tokens": Path("absent")}), "does not exist"),
         (_edited({"tokenizer": Path("absent")}), "absent"),
     ],
@@ -128,9 +128,12 @@ def test_tokens_of_another_tokenizer_are_refused(workplace: Path, pretrain_confi
     ("rows", "message"),
     [
         ([], "no conversation"),
-        ([{"text": "x"}], 'Conversation 1 has no list "messages"'),
-        ([{"messages": [{"role": "user", "content": "only a question"}]}], "no token is supervised"),
-        ([{"messages": [{"role": "robot", "content": "x"}]}], "Conversation 1: .*robot"),
+        ([{"text": "x"}], "line 1 is not a conversation: it has text"),
+        (
+            [{"messages": [{"role": "user", "content": "only a question"}]}],
+            r"no token is supervised \(1 of 1, the first is .*bad.jsonl, line 1\)",
+        ),
+        ([{"messages": [{"role": "robot", "content": "x"}]}], "line 1: .*robot"),
     ],
 )
 def test_conversations_that_cannot_be_trained_on(
@@ -157,7 +160,9 @@ def test_a_model_without_template_is_refused(workplace: Path, pretrain_config: P
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(InputError, match=r"no chat template.*chat_template=llama3"):
-        finetune(FinetuneConfig(model, workplace / "chats.jsonl", workplace / "chat", train=TRAIN))
+        finetune(
+            FinetuneConfig(model=model, conversations=workplace / "chats.jsonl", output=workplace / "chat", train=TRAIN)
+        )
 
 
 def test_empty_documents_are_refused(workplace: Path) -> None:

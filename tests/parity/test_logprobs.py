@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from puna.batches.chat import write_chat_shards
+from puna.batches.conversations import Conversation
 from puna.batches.packing import PackedRows
 from puna.batches.shards import TokenShards
 from puna.evaluate.likelihood import total_nats
@@ -72,7 +73,8 @@ def test_training_evaluation_and_export_agree(model: Transformer, tokenizer: Tok
     rendered = [render_chat(tokenizer, conversation["messages"]) for conversation in CONVERSATIONS]
     num_targets = sum(sum(chat.mask) for chat in rendered)
 
-    write_chat_shards(CONVERSATIONS, tokenizer, tmp_path / "shards", row_length=256)
+    conversations = [Conversation("made up", conversation["messages"]) for conversation in CONVERSATIONS]
+    write_chat_shards(conversations, tokenizer, tmp_path / "shards", row_length=256)
     rows = PackedRows(TokenShards(tmp_path / "shards"), 256, 0, "whole")
     with torch.no_grad():
         packed = causal_lm_loss(model, rows.batch(range(rows.rows_per_epoch)))

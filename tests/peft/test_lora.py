@@ -94,7 +94,7 @@ def test_we_read_theirs_and_compute_the_same(tmp_path, settings):
     model = load_model(tmp_path / "base")
     method = load_adapter(model, tmp_path / "adapter")
     assert method.rank_stabilized
-    assert method.scale == 4
+    assert method.scale_of("layers.0.attention.query") == 4
     with torch.no_grad():
         torch.testing.assert_close(logits(model), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
 
@@ -202,10 +202,15 @@ def directory(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3'; Puna reads LORA"),
-        ({"use_dora": True}, "use_dora = True"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "BOFT"}, "peft_type 'BOFT'; Puna reads LORA, ADALORA"),
+        ({"peft_type": "IA3"}, "no place for"),
+        ({"use_dora": True}, "is incomplete"),
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"rank_pattern": {"q_proj": 3}}, r"should have \{'lora_a': \(3, 64\)"),
+        ({"rank_pattern": {"(q_proj": 3}}, "broken regular expression"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"modules_to_save": ["lm_head"]}, "lacks lm_head"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, "no place for"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the model below"),
         ({"r": "2"}, "r \\('2'\\) has to be a whole number"),
         ({"r": 3}, r"has \{'lora_a': \(2, 64\).*should have \{'lora_a': \(3, 64\)"),
@@ -229,6 +234,7 @@ def test_files_that_are_broken_or_belong_to_another_model(directory):
     for change, message in [
         (lambda key: key.replace("q_proj", "qkv"), "no place for"),
         (lambda key: key.replace("lora_A", "lora_magnitude_vector"), "no place for"),
+        (lambda key: "prompt_embeddings" if "layers.0" in key and "lora_A" in key else key, "no place for"),
         (lambda key: key.replace("lora_A.weight", "lora_A.default.weight"), "no place for"),
     ]:
         save_file({change(key): tensor for key, tensor in tensors.items()}, path)

@@ -305,7 +305,7 @@ def test_torchrun_starts_again(elastic: ModuleType, tiny_rows: PackedRows, tmp_p
         2,
         ParallelConfig(data=2),
         replace(elastic.TRAIN, faults=FaultConfig(hang_timeout_seconds=8)),
-        (Fault("kill", 6, rank=1), Fault("hang", 14, rank=0)),
+        (Fault("kill", 9, rank=1), Fault("hang", 14, rank=0)),
     )
     script = tmp_path / "job.py"
     script.write_text(

@@ -1,0 +1,125 @@
+"""Heads: put on a model, trained on a task's examples, and saved.
+
+Shapes: B examples, T tokens, D model dimension, C outputs of the head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from puna.batches.packing import TokenBatch
+from puna.config import to_plain
+from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.head_files import save_head_model
+from puna.finetune.selection import LOSS, Selector, check_selection
+from puna.finetune.task import Attention, Example, ExampleBatch, ExampleRows, HeadSpec, Task, collate
+from puna.kernels.attend import document_attend
+from puna.model.attend import Attend, DocumentAttend
+from puna.model.transformer import Linear, Transformer
+from puna.peft.apply import attach, merge
+from puna.runtime.errors import InputError
+from puna.runtime.files import write_text
+from puna.runtime.manifest import Manifest, content_hash
+from puna.runtime.progress import say
+from puna.runtime.seeds import derive_seed
+from puna.tokenizer.load import load_tokenizer
+from puna.train.loop import fit
+from puna.train.loss import LossSum
+from puna.train.metrics import read_metrics
+from puna.weights.load import load_model
+
+_PREDICTED_AT_ONCE = 32
+
+
+def add_head(model: Transformer, spec: HeadSpec, seed: int) -> None:
+    """Put a new head on a model, which is trained along with what is trained of the model."""
+    head = Linear(model.config.dim, len(spec.labels), bias=spec.bias)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "head"))
+    nn.init.normal_(head.weight, std=0.02, generator=generator)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    model.add_module(spec.module, head)
+    if not model.config.tie_embeddings:
+        model.output.requires_grad_(False)
+
+
+def head_logits(model: Transformer, batch: TokenBatch, module: str, attention: Attention) -> Tensor:
+    """What the head says at every token, float32 [B, T, C]."""
+    attend: Attend = document_attend(batch.documents_BT)
+    if attention == "bidirectional":
+        attend = DocumentAttend(batch.documents_BT, causal=False)
+    head = model.get_submodule(module)
+    logits: Tensor = model(batch.ids_BT, batch.positions_BT, attend, lambda h_BTD, _: head(h_BTD))
+    return logits.float()
+
+
+@torch.no_grad()
+def predict(
+    model: Transformer, examples: Sequence[Example], module: str, attention: Attention, pad_id: int
+) -> list[Tensor]:
+    """The logits [T, C] of each example, on the CPU."""
+    device = model.embedding.weight.device
+    by_length = sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(by_length), _PREDICTED_AT_ONCE):
+        chosen = by_length[start : start + _PREDICTED_AT_ONCE]
+        batch = collate([examples[n] for n in chosen], pad_id).to(device)
+        for n, logits_TC in zip(chosen, head_logits(model, batch, module, attention).cpu(), strict=True):
+            found[n] = logits_TC[: len(examples[n].ids)]
+    return [found[n] for n in range(len(examples))]
+
+
+def tune_task(config: FinetuneConfig, task: Task) -> None:
+    """Read the data, put the head on, train, and write a model directory that `transformers` loads."""
+    assert config.data is not None
+    tokenizer = load_tokenizer(config.model)
+    if tokenizer.bos_id is None:
+        raise InputError(f"The tokenizer in {config.model} has no BOS token, with which every example begins.")
+    model = load_model(config.model, dtype=torch.float32)
+    check_row_length(config, model.config.context_length)
+    opened = task.open(config.data, tokenizer, config.train.row_length)
+    spec, train = opened.head, config.train
+    check_selection(config.selection, bool(opened.held_out), [LOSS, *opened.metrics])
+    say(
+        f"{len(opened.train):,} examples to learn from, {len(opened.held_out):,} held out; {len(spec.labels)} outputs; "
+        f"{train.steps * train.batch_rows / len(opened.train):.2f} passes"
+    )
+    if config.peft is not None:
+        attach(model, config.peft, seed=derive_seed(train.seed, "adapters"))
+    add_head(model, spec, train.seed)
+
+    def loss(model: Transformer, batch: TokenBatch) -> LossSum:
+        assert isinstance(batch, ExampleBatch)
+        logits_BTC = head_logits(model, batch, spec.module, task.attention)
+        return LossSum(opened.loss(logits_BTC, batch), batch.num_targets)
+
+    def measure(model: Transformer, step: int) -> dict[str, float]:
+        logits = predict(model, opened.held_out, spec.module, task.attention, tokenizer.pad_id)
+        return opened.measure(logits)[0]
+
+    paths = [config.model, config.data.train, *([config.data.held_out] if config.data.held_out else [])]
+    inputs = {str(path): content_hash(path) for path in paths}
+    rows = ExampleRows(opened.train, tokenizer.pad_id, train.seed)
+    held_out = ExampleRows(opened.held_out, tokenizer.pad_id, 0) if opened.held_out else None
+    selector = Selector(config.selection, config.output, measure)
+    run = to_plain(config) | {"inputs": inputs}
+    result = fit(model, rows, loss, train, config.output, run, held_out, selector)
+
+    model.compute_dtype = None
+    facts: dict[str, Any] = asdict(result) | selector.restore_best(model, read_metrics(config.output / "metrics.jsonl"))
+    model.eval()
+    if opened.held_out:
+        logits = predict(model, opened.held_out, spec.module, task.attention, tokenizer.pad_id)
+        metrics, report = opened.measure(logits)
+        facts |= metrics
+        write_text(config.output / "report.txt", report)
+        say(report)
+    if config.peft is not None:
+        merge(model)
+    manifest = Manifest("finetune", to_plain(config), inputs, facts)
+    dtype = getattr(torch, config.dtype)
+    save_head_model(model, spec, task.attention, tokenizer, config.output / "model", dtype, manifest)
+    say(f"Wrote {config.output / 'model'}")

@@ -1,0 +1,136 @@
+"""Instruction tuning: conversations of any form, packed side by side, only the assistant's tokens as targets."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from puna.batches.chat import write_chat_shards
+from puna.batches.conversations import Conversation, read_conversations
+from puna.batches.mixture import Ingredient, MixedRows
+from puna.batches.packing import PackedRows, Rows
+from puna.batches.shards import TokenShards
+from puna.config import to_plain
+from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.neftune import NumberedRows, with_noise
+from puna.finetune.selection import LOSS, Selector, check_selection
+from puna.infer.engine import Engine
+from puna.infer.sampling import SamplingParams
+from puna.model.transformer import Transformer
+from puna.parallel.mesh import is_first_process, wait_for_all
+from puna.peft.apply import attach
+from puna.peft.files import save_adapter
+from puna.runtime.errors import InputError
+from puna.runtime.files import write_jsonl
+from puna.runtime.manifest import Manifest, content_hash
+from puna.runtime.progress import say
+from puna.runtime.seeds import derive_seed
+from puna.tokenizer.base import Tokenizer
+from puna.tokenizer.chat import render_chat
+from puna.tokenizer.chat_template import builtin_template
+from puna.tokenizer.load import load_tokenizer
+from puna.train.loop import fit
+from puna.train.loss import Loss, causal_lm_loss
+from puna.train.metrics import read_metrics
+from puna.weights.load import load_model, save_model
+
+
+def tune(config: FinetuneConfig) -> None:
+    """Render and check the conversations, train, and write the model or adapter directory."""
+    tokenizer = _tokenizer(config)
+    check_selection(config.selection, config.held_out_conversations is not None, [LOSS])
+    if config.sample_prompts and config.held_out_conversations is None:
+        raise InputError("sample_prompts are answered at validations: set held_out_conversations too.")
+    model = load_model(config.model, dtype=torch.float32)
+    check_row_length(config, model.config.context_length)
+    packed, rows = _training_rows(config, tokenizer)
+    held_out = None
+    if config.held_out_conversations is not None:
+        held_out = _pack(read_conversations(config.held_out_conversations), tokenizer, config, "held_out")
+    _announce(packed, config)
+    if config.peft is not None:
+        attach(model, config.peft, seed=derive_seed(config.train.seed, "adapters"))
+    loss: Loss = partial(causal_lm_loss, z_loss=config.train.z_loss)
+    training_rows: Rows = rows
+    if config.neftune_alpha:
+        training_rows, loss = NumberedRows(rows), with_noise(loss, config.neftune_alpha, config.train.seed)
+
+    paths = [config.model, *([config.conversations] if config.conversations else [])]
+    inputs = {str(path): content_hash(path) for path in (*paths, *(source.conversations for source in config.mixture))}
+    run = to_plain(config) | {"inputs": inputs}
+    selector = Selector(config.selection, config.output, partial(_write_samples, config, tokenizer))
+    watch = selector if config.selection is not None or config.sample_prompts else None
+    result = fit(model, training_rows, loss, config.train, config.output, run, held_out, watch)
+
+    model.compute_dtype = None
+    best = selector.restore_best(model, read_metrics(config.output / "metrics.jsonl"))
+    manifest = Manifest("finetune", to_plain(config), inputs, asdict(result) | best)
+    written = config.output / ("model" if config.peft is None else "adapter")
+    if is_first_process():
+        if config.peft is None:
+            save_model(model, written, tokenizer=tokenizer, dtype=getattr(torch, config.dtype), manifest=manifest)
+        else:
+            save_adapter(model, config.peft, written, base_model=str(config.model), manifest=manifest)
+    say(f"Wrote {written}")
+
+
+def _tokenizer(config: FinetuneConfig) -> Tokenizer:
+    tokenizer = load_tokenizer(config.model)
+    if config.chat_template != "keep":
+        tokenizer.chat_template = builtin_template(config.chat_template)
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"The model in {config.model} has no chat template, so conversations cannot be rendered. Choose one with "
+            "--set chat_template=llama3 (or llama2, chatml)."
+        )
+    return tokenizer
+
+
+def _training_rows(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[PackedRows], PackedRows | MixedRows]:
+    """The rows of each source, and those of all."""
+    if config.conversations is not None:
+        alone = _pack(read_conversations(config.conversations, config.form), tokenizer, config, "train")
+        return [alone], alone
+    total = sum(source.weight for source in config.mixture)
+    ingredients = []
+    for source in config.mixture:
+        conversations = read_conversations(source.conversations, source.form)
+        rows = _pack(conversations, tokenizer, config, f"train-{source.name}")
+        ingredients.append(Ingredient(source.name, rows, source.weight / total, source.weight / total))
+    return [ingredient.rows for ingredient in ingredients], MixedRows(ingredients, annealing_start=0)
+
+
+def _pack(conversations: Iterable[Conversation], tokenizer: Tokenizer, config: FinetuneConfig, name: str) -> PackedRows:
+    destination = config.output / "tokens" / name
+    if is_first_process():
+        write_chat_shards(conversations, tokenizer, destination, config.train.row_length)
+    wait_for_all()
+    shards = TokenShards(destination, tokenizer.hash)
+    return PackedRows(shards, config.train.row_length, config.train.seed, "whole", tokenizer.pad_id)
+
+
+def _announce(packed: list[PackedRows], config: FinetuneConfig) -> None:
+    conversations = sum(len(rows.shards) for rows in packed)
+    targets = sum(rows.shards.num_targets for rows in packed)
+    tokens = sum(rows.shards.num_tokens for rows in packed)
+    rows = sum(rows.rows_per_epoch for rows in packed)
+    say(
+        f"{conversations:,} conversations in {rows:,} rows, {targets:,} of {tokens:,} tokens supervised; "
+        f"{config.train.steps * config.train.batch_rows / rows:.2f} passes"
+    )
+
+
+def _write_samples(config: FinetuneConfig, tokenizer: Tokenizer, model: Transformer, step: int) -> dict[str, float]:
+    """Answer the sample prompts into a file of this step; draws no curve."""
+    if config.sample_prompts:
+        chats = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
+        prompts = [render_chat(tokenizer, chat, add_generation_prompt=True).ids for chat in chats]
+        greedy = SamplingParams(temperature=0, max_tokens=config.sample_tokens)
+        completions = Engine(model, tokenizer).generate(prompts, greedy)
+        answers = [
+            {"step": step, "prompt": prompt, "answer": completion.text, "finish_reason": completion.finish_reason}
+            for prompt, completion in zip(config.sample_prompts, completions, strict=True)
+        ]
+        write_jsonl(config.output / "samples" / f"step-{step:08}.jsonl", answers)
+    return {}

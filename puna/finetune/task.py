@@ -1,0 +1,151 @@
+"""What every task has in common: settings, examples, rows of them, and what a head is.
+
+Shapes: B examples, T tokens, C outputs of the head.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna.batches.packing import IGNORE, PADDING, TokenBatch
+from puna.runtime.seeds import derive_seed
+from puna.tokenizer.base import Tokenizer
+
+Attention = Literal["causal", "bidirectional"]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of a task."""
+
+    train: Path
+    """File to learn from; what may be in it, the task says."""
+    held_out: Path | None = None
+    """File to measure on."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a .csv or .tsv file that has no header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One text, and what the head should say about it."""
+
+    ids: list[int]
+    """Its tokens."""
+    labels: list[int]
+    """For each token the class that the head should give there; IGNORE where it is not asked. For other targets: 0
+    where the head is asked."""
+    targets: tuple[float, ...] = ()
+    """Targets of the whole text that are not classes of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleBatch(TokenBatch):
+    """One example a row, filled up on the right."""
+
+    targets_BC: Tensor
+    """`Example.targets`, float32."""
+
+
+class ExampleRows:
+    """Endless rows of one example each, epoch after epoch, each in an order of its own; row *i* follows from the seed.
+
+    Args:
+        examples: at least one.
+        pad_id: fills rows up to the longest of a batch.
+        seed: of the order.
+    """
+
+    def __init__(self, examples: Sequence[Example], pad_id: int, seed: int) -> None:
+        self.examples, self.pad_id, self.seed = examples, pad_id, seed
+        self.rows_per_epoch = len(examples)
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def batch(self, rows: Sequence[int]) -> ExampleBatch:
+        """Rows by number, counted from 0."""
+        return collate([self.examples[self._example(row)] for row in rows], self.pad_id)
+
+    def _example(self, row: int) -> int:
+        epoch, within = divmod(row, self.rows_per_epoch)
+        return int(self._order(epoch)[within])
+
+    def _make_order(self, epoch: int) -> Any:
+        return np.random.default_rng(derive_seed(self.seed, "examples", epoch)).permutation(self.rows_per_epoch)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> ExampleBatch:
+    """Examples as rows, filled up to the longest."""
+    shape = len(examples), max(len(example.ids) for example in examples)
+    ids_BT = torch.full(shape, pad_id)
+    labels_BT = torch.full(shape, IGNORE)
+    documents_BT = torch.full(shape, PADDING)
+    for row, example in enumerate(examples):
+        length = len(example.ids)
+        ids_BT[row, :length] = torch.tensor(example.ids)
+        labels_BT[row, :length] = torch.tensor(example.labels)
+        documents_BT[row, :length] = 0
+    positions_BT = torch.arange(shape[1]).expand(shape).clone()
+    targets_BC = torch.tensor([example.targets for example in examples], dtype=torch.float32)
+    return ExampleBatch(ids_BT, labels_BT, positions_BT, documents_BT, targets_BC)
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head is called and how it is written down, so that `transformers` finds it."""
+
+    architecture: str
+    """What follows the family's name: "ForSequenceClassification"."""
+    module: str
+    """Name of the head's linear map: "score"."""
+    bias: bool
+    """Whether that map has one."""
+    labels: tuple[str, ...]
+    """The head's outputs by name."""
+    config: Mapping[str, Any]
+    """What else config.json says."""
+
+
+class OpenTask(ABC):
+    """A task with its data read and checked.
+
+    Attributes:
+        head: what the head is.
+        attention: whether a token sees what comes after it.
+        train, held_out: the examples.
+        metrics: names of the curves that `measure` draws.
+    """
+
+    head: HeadSpec
+    attention: Attention
+    train: list[Example]
+    held_out: list[Example]
+    metrics: tuple[str, ...]
+
+    @abstractmethod
+    def loss(self, logits_BTC: Tensor, batch: ExampleBatch) -> Tensor:
+        """Sum over the batch's units, which are the labels that are not IGNORE."""
+
+    @abstractmethod
+    def measure(self, logits: Sequence[Tensor]) -> tuple[dict[str, float], str]:
+        """Metrics by the names of curves, and a report to read, from the logits [T, C] of each held-out example."""
+
+
+class Task(ABC):
+    """The settings of a task; each is a frozen dataclass with a `kind`."""
+
+    attention: Attention
+
+    @abstractmethod
+    def open(self, data: TaskData, tokenizer: Tokenizer, max_tokens: int) -> OpenTask:
+        """Read and check the data.
+
+        Raises:
+            InputError: it cannot be learnt from; names file, line and reason.
+        """
