@@ -13,7 +13,7 @@ Figure = dict[str, Any]
 
 
 def command_line(description: str | None, quick: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `quick` says what `--quick` leaves out, which has to make it end in 50 s."""
+    """The options that every benchmark has; `quick` says what `--quick` measures, and in what time."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="one JSON object per figure")

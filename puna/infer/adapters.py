@@ -140,8 +140,11 @@ class Adapters:
             raise InputError(f"There is an adapter {name!r} already; unload it first, or choose another name.")
         stored = read_adapter(directory)
         method = stored.method
-        if not isinstance(method, LoRAConfig):
-            raise InputError(f"{directory} is no LoRA; of the adapters only these can be served beside each other.")
+        if not isinstance(method, LoRAConfig) or method.weight_decomposed or stored.whole:
+            raise InputError(
+                f"{directory} is no plain LoRA; of the adapters only these can be served beside each other. Merge it "
+                "into its model where its method can be merged, and serve that."
+            )
         if "output" in stored.tensors:
             raise InputError(
                 f"{directory} adapts the projection to the vocabulary, which cannot be done text by text. Merge it "
@@ -153,7 +156,7 @@ class Adapters:
         norm = self._model.norm.weight
         dtype = self._model.compute_dtype or norm.dtype
         for map_name, own in stored.tensors.items():
-            a_RK, b_NR = own["lora_a"], own["lora_b"].float() * method.scale
+            a_RK, b_NR = own["lora_a"], own["lora_b"].float() * method.scale_of(map_name)
             updates = self._updates.setdefault(map_name, Updates())
             if not updates:
                 hook = partial(self._add_update, updates)

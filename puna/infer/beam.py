@@ -120,16 +120,17 @@ def beam_search(
         _Search(prompt_ids, params, stop_ids, min(params.max_tokens, engine.max_context - len(prompt_ids)))
         for prompt_ids in prompts
     ]
+    absent = engine.chooser.absent_ids
     while running := [search for search in searches if search.running]:
         count = params.num_beams * running[0].num_followers
-        asked = SamplingParams(max_tokens=1, temperature=0, logprobs=count + len(engine.absent_ids), ignore_eos=True)
+        asked = SamplingParams(max_tokens=1, temperature=0, logprobs=count + len(absent), ignore_eos=True)
         texts = [
             [*search.prompt_ids, *(token.id for token in beam.tokens)] for search in running for beam in search.running
         ]
         answers = iter(engine.generate(texts, asked))
         for search in running:
             tops = [next(answers).logprobs[0].top for _ in search.running]
-            search.advance([[pair for pair in top if pair[0] not in engine.absent_ids] for top in tops])
+            search.advance([[pair for pair in top if pair[0] not in absent] for top in tops])
     return [[_completion(engine, search, beam, stop_ids, new_text) for beam in search.finished] for search in searches]
 
 

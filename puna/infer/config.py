@@ -4,8 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from puna.model.config import LlamaConfig
 from puna.runtime.devices import DeviceName
 from puna.runtime.errors import InputError
+
+_DEFAULT_MAX_CONTEXT = 4096
+
+_INVARIANT_CHUNK_BLOCKS = 4
+"""Blocks in a piece of a prompt in batch-invariant mode."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class EngineConfig:
     device: DeviceName = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of weights and activations; auto is the one in which the weights are stored."""
+    """Precision of weights and activations; auto is the one in which the weights are stored. With auto, 4-bit integers
+    of a GGUF file (Q4_0) stay such on a CPU, and activations are rounded to 8 bits before they are multiplied."""
     weights: Literal["memory", "disk"] = "memory"
     """disk leaves a model that is larger than the memory on the disk, from where every step reads each layer while the
     one before it computes. Slow, so best with many texts at once."""
@@ -128,3 +135,38 @@ class EngineConfig:
     def num_processes(self) -> int:
         """Processes that compute the model."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens in a piece of a prompt, where that is fixed."""
+        return _INVARIANT_CHUNK_BLOCKS * self.block_size if self.batch_invariant else None
+
+    def context_of(self, model: LlamaConfig) -> int:
+        """Longest prompt and answer together for a model.
+
+        Raises:
+            InputError: `max_context` is longer than the model is meant for, or too short for anything.
+        """
+        longest = model.context_length
+        max_context = min(longest, _DEFAULT_MAX_CONTEXT) if self.max_context is None else self.max_context
+        if not 2 <= max_context <= longest:
+            raise InputError(
+                f"max_context is {max_context}, but it has to be at least 2 and at most the {longest} tokens that the "
+                "model is meant for."
+            )
+        return max_context
+
+    def num_blocks(self, max_context: int) -> int:
+        """Blocks of the cache; a text's last one may be partly empty.
+
+        Raises:
+            InputError: `cache_tokens` is too small for a single text of `max_context` tokens.
+        """
+        if self.cache_tokens is None:
+            return -(-self.max_rows * max_context // self.block_size) + self.max_rows
+        if self.cache_tokens < max_context:
+            raise InputError(
+                f"cache_tokens is {self.cache_tokens}, but one text alone may take {max_context} (max_context). Raise "
+                "the one, or lower the other."
+            )
+        return -(-self.cache_tokens // self.block_size) + 1

@@ -19,7 +19,9 @@ from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
 
 _EXAMPLE = '{"type": "object"}'
-_MAX_REMEMBERED = 128
+_MAX_REMEMBERED, _MAX_REMEMBERED_CHARACTERS = 128, 1 << 17
+"""Compiled constraints that are kept, and the length of all of them together. With a vocabulary of 128,256 tokens one
+takes 0.3 MB, or some 300 bytes for each character where it is long."""
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between the parts of a JSON text: bounded, so that a model cannot go on with blanks for ever."""
 
@@ -53,6 +55,11 @@ class Constraint:
                 raise InputError(f"json_schema is not JSON: {error}. Write a schema, such as {_EXAMPLE}.") from error
             if not isinstance(schema, dict):
                 raise InputError(f"json_schema is {self.json_schema:.40}; it has to be an object, such as {_EXAMPLE}.")
+
+    @property
+    def num_characters(self) -> int:
+        """How long it is."""
+        return sum(map(len, (self.json_schema or "", self.regex or "", self.grammar or "", *self.choice)))
 
 
 def check_support(tokenizer: Tokenizer) -> None:
@@ -124,9 +131,13 @@ class Constraints:
         if constraint not in self._compiled:
             self._compiled[constraint] = self._compiler.submit(self._compile, constraint)
         self._compiled.move_to_end(constraint)
-        if len(self._compiled) > _MAX_REMEMBERED:
+        found = self._compiled[constraint]
+        while (
+            len(self._compiled) > _MAX_REMEMBERED
+            or sum(known.num_characters for known in self._compiled) > _MAX_REMEMBERED_CHARACTERS
+        ):
             self._compiled.popitem(last=False)
-        return self._compiled[constraint]
+        return found
 
     @cached_property
     def _tokenizer(self) -> Any:

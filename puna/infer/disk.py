@@ -40,7 +40,7 @@ def stream_model(
             f'{path} is not a Hugging Face directory, and weights = "disk" reads only those. Convert it first: puna '
             "convert."
         )
-    model, stored = empty_model(path, dtype=dtype, fit=fit)
+    model, stored = empty_model(path, device=device, dtype=dtype, fit=fit)
     check_weights(model, stored)
     config, kept_dtype = model.config, model.norm.weight.dtype
     shapes = cast(list[Layer], list(model.layers))

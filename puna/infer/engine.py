@@ -16,19 +16,18 @@ from torch import Tensor
 from puna.infer.adapters import Adapters
 from puna.infer.blocks import BlockManager
 from puna.infer.cache import KVPool
+from puna.infer.choose import Chooser, is_token
 from puna.infer.config import EngineConfig
 from puna.infer.constrain import Constraints, Matcher, check_support
 from puna.infer.reload import replace_weights
-from puna.infer.request import Completion, Delta, Request, TokenLogprob, open_decoder
-from puna.infer.runner import ModelRunner, report
-from puna.infer.sampling import Penalties, Sampler, SamplingParams
+from puna.infer.request import Completion, Delta, Request, open_decoder
+from puna.infer.runner import ModelRunner
+from puna.infer.sampling import SamplingParams
 from puna.infer.scheduler import Scheduler
 from puna.infer.speculate import open_speculator
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
-
-DEFAULT_MAX_CONTEXT = 4096
 
 _CACHE_DTYPES = {
     "float32": torch.float32,
@@ -39,9 +38,6 @@ _CACHE_DTYPES = {
 
 _COMPILING_SECONDS = 0.05
 """How long a step waits for a constraint where there is nothing else to do."""
-
-_INVARIANT_CHUNK_BLOCKS = 4
-"""Blocks in a piece of a prompt in batch-invariant mode."""
 
 
 class Engine:
@@ -73,35 +69,21 @@ class Engine:
     ) -> None:
         limits = config or EngineConfig()
         shape = model.config
-        max_context = limits.max_context
-        if max_context is None:
-            max_context = min(shape.context_length, DEFAULT_MAX_CONTEXT)
-        if not 2 <= max_context <= shape.context_length:
-            raise InputError(
-                f"max_context is {max_context}, but it has to be at least 2 and at most the {shape.context_length} "
-                "tokens that the model is meant for."
-            )
+        max_context = limits.context_of(shape)
+        num_blocks = limits.num_blocks(max_context)
         if tokenizer.vocab_size > shape.vocab_size:
             raise InputError(
                 f"The tokenizer has {tokenizer.vocab_size} ids and the model only {shape.vocab_size}: they do not "
                 "belong together. Use the tokenizer that the model was trained with."
             )
-        cache_tokens = limits.max_rows * max_context if limits.cache_tokens is None else limits.cache_tokens
-        if cache_tokens < max_context:
-            raise InputError(
-                f"cache_tokens is {cache_tokens}, but one text alone may take {max_context} (max_context). Raise the "
-                "one, or lower the other."
-            )
         self.tokenizer = tokenizer
         self.model = model
         self.max_rows = limits.max_rows
         self.max_context = max_context
-        self._device = model.norm.weight.device
+        device = model.norm.weight.device
         dtype = model.compute_dtype or model.norm.weight.dtype
         size = limits.block_size
-        # A text's last block may be partly empty.
-        num_blocks = -(-cache_tokens // size) + (limits.max_rows if limits.cache_tokens is None else 1)
-        chunk = _chunk(limits)
+        size, chunk = limits.block_size, limits.chunk
         blocks = BlockManager(
             num_blocks, size, share=limits.prefix_cache, share_step=chunk or 1, share_answers=chunk is None
         )
@@ -116,7 +98,7 @@ class Engine:
             shape,
             num_blocks=num_blocks,
             block_size=size,
-            device=self._device,
+            device=device,
             dtype=_CACHE_DTYPES.get(limits.cache_dtype, dtype),
             activations=dtype,
         )
@@ -127,16 +109,9 @@ class Engine:
         self._guesser = guesser
         self._open_runner()
         self.weight_version = 0
-        self._penalties: dict[Request, Penalties] = {}
+        self.chooser = Chooser(tokenizer, shape.vocab_size, device)
         self._constraints: Constraints | None = None  # made for the first request that needs it
         self._compiling: dict[Request, Future[Matcher]] = {}
-        self._matchers: dict[Request, Matcher] = {}
-        self._sampled: list[Request] = []
-        self._sampler = Sampler([], self._device)  # for exactly those
-        # Rows of a padded embedding, and holes in the vocabulary, stand for no text and are never chosen.
-        absent = [i for i in range(shape.vocab_size) if not _is_token(tokenizer, i)]
-        self.absent_ids = frozenset(absent)
-        self._absent_ids = torch.tensor(absent, device=self._device) if absent else None
 
     def encode(self, text: str) -> list[int]:
         """Prompt ids of a document's beginning: BOS, where the vocabulary has one, and the text."""
@@ -171,17 +146,18 @@ class Engine:
         """See whether parameters suit this model.
 
         Raises:
-            InputError: they put a bias on an id that is no token, name an adapter that is not loaded, or constrain what
-                cannot be (`check_support`). What a constraint says is looked at later: the request then fails.
+            InputError: they put a bias on an id that is no token, or stop at one, name an adapter that is not loaded,
+                or constrain what cannot be (`check_support`). What a constraint says is looked at later: the request
+                then fails.
         """
         if params.constraint is not None:
             check_support(self.tokenizer)
         if params.adapter is not None:
             self.adapters.check(params.adapter)
-        self._check_ids([token_id for token_id, _ in params.logit_bias])
+        self._check_ids([*(token_id for token_id, _ in params.logit_bias), *params.stop_ids])
 
     def _check_ids(self, ids: SequenceOf[int]) -> None:
-        if wrong := [i for i in ids if not _is_token(self.tokenizer, i)]:
+        if wrong := [i for i in ids if not is_token(self.tokenizer, i)]:
             raise InputError(
                 f"{wrong[0]} is not a token of this model, whose ids end at {self.tokenizer.vocab_size - 1}."
             )
@@ -218,10 +194,7 @@ class Engine:
             stop_ids=self.stop_ids(params),
             decoder=open_decoder(self.tokenizer, prompt_ids, new_text=new_text),
         )
-        if params.adjusts:
-            self._penalties[request] = Penalties(
-                params, prompt_ids, [], vocab_size=self.model.config.vocab_size, device=self._device
-            )
+        self.chooser.add(request)
         if params.constraint is None:
             self.scheduler.add(request)
         else:
@@ -265,7 +238,7 @@ class Engine:
             self.pool,
             max_rows=self.max_rows,
             max_context=self.max_context,
-            chunk=_chunk(limits),
+            chunk=limits.chunk,
             adapters=self.adapters,
         )
         self.speculator = open_speculator(
@@ -388,21 +361,14 @@ class Engine:
                 self._release(request)
                 failed.append(request)
             else:
-                self._matchers[request] = compiled.result().copy()
+                self.chooser.matchers[request] = compiled.result().copy()
                 self.scheduler.add(request)
         return failed
 
     def _append(self, sampled: list[Request], logits_RV: Tensor) -> None:
         """Choose each request's next token, and let those go that it finishes."""
-        if sampled != self._sampled:
-            self._sampled, self._sampler = sampled, Sampler([r.params for r in sampled], self._device)
-        allowed_RV = self._allowed(sampled, logits_RV)
-        uniforms = [request.draw(ahead) for request, ahead in zip(sampled, _ahead(sampled), strict=True)]
-        if self.speculator is None:
-            chosen = self._sampler(allowed_RV, uniforms).tolist()
-        else:
-            chosen = self._sampler(allowed_RV, uniforms, partial(self.speculator.revise, sampled)).tolist()
-        logprobs = _logprobs(sampled, logits_RV, chosen)
+        revise = None if self.speculator is None else partial(self.speculator.revise, sampled)
+        chosen, logprobs = self.chooser.choose(sampled, logits_RV, revise)
         first = 0
         while first < len(sampled):
             request, num_accepted = sampled[first], 0
@@ -410,7 +376,7 @@ class Engine:
             for i, guess in enumerate([*request.draft, None], start=first):
                 if request.finish_reason is not None:
                     break
-                self._take(request, chosen[i], logprobs.get(i))
+                self.chooser.take(request, chosen[i], logprobs.get(i))
                 if chosen[i] != guess:
                     break
                 num_accepted += 1
@@ -421,75 +387,10 @@ class Engine:
                 self._release(request)
             first = end
 
-    def _take(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> None:
-        """Make a chosen token part of a request, which that may finish."""
-        if request in self._penalties:
-            self._penalties[request].note(token_id)
-        request.append(token_id, logprob)
-        if request in self._matchers and request.finish_reason != "stop":
-            self._matchers[request].note(token_id)
-            if self._matchers[request].finished:
-                request.finish("stop")
-
-    def _allowed(self, sampled: list[Request], logits_RV: Tensor) -> Tensor:
-        """The logits after biases and penalties, minus infinity where a token is out of the question."""
-        allowed_RV = logits_RV
-        if self._absent_ids is not None:
-            allowed_RV = allowed_RV.index_fill(1, self._absent_ids, -torch.inf)
-        if not self._penalties and not self._matchers:
-            return allowed_RV
-        allowed_RV = allowed_RV.float()
-        if allowed_RV is logits_RV:
-            allowed_RV = logits_RV.clone()  # the model's own are reported
-        for i, (request, ahead) in enumerate(zip(sampled, _ahead(sampled), strict=True)):
-            if request in self._penalties:
-                allowed_RV[i] = self._penalties[request].adjusted(allowed_RV[i], request.draft[:ahead])
-            if request in self._matchers:
-                matcher = self._matchers[request]
-                fitting_V = matcher.allowed()
-                if matcher.error or not fitting_V.any():
-                    request.fail(f"The answer cannot go on: {matcher.error or 'no token fits'}")
-                else:
-                    allowed_RV[i].masked_fill_(torch.from_numpy(~fitting_V).to(self._device), -torch.inf)
-        return allowed_RV
-
     def _release(self, request: Request) -> None:
         self.scheduler.remove(request)
         self.adapters.release(request.adapter)
-        self._penalties.pop(request, None)
         self._compiling.pop(request, None)
-        self._matchers.pop(request, None)
+        self.chooser.forget(request)
         if self.speculator is not None:
             self.speculator.forget(request)
-
-
-def _chunk(limits: EngineConfig) -> int | None:
-    """Tokens in a piece of a prompt, where that is fixed."""
-    return _INVARIANT_CHUNK_BLOCKS * limits.block_size if limits.batch_invariant else None
-
-
-def _ahead(sampled: list[Request]) -> Generator[int, None, None]:
-    """For each row, how many guesses stand before its token."""
-    ahead, previous = 0, None
-    for request in sampled:
-        ahead = ahead + 1 if request is previous else 0
-        previous = request
-        yield ahead
-
-
-def _logprobs(sampled: list[Request], logits_RV: Tensor, chosen: list[int]) -> dict[int, TokenLogprob]:
-    """Row -> what its parameters ask to report."""
-    asking = [i for i, request in enumerate(sampled) if request.params.logprobs is not None]
-    if not asking:
-        return {}
-    counts = [cast(int, sampled[i].params.logprobs) for i in asking]
-    rows = logits_RV if len(asking) == len(sampled) else logits_RV[asking]
-    return dict(zip(asking, report(rows, [chosen[i] for i in asking], counts), strict=True))
-
-
-def _is_token(tokenizer: Tokenizer, token_id: int) -> bool:
-    try:
-        tokenizer.token_bytes(token_id)
-    except InputError:
-        return False
-    return True

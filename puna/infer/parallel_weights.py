@@ -73,7 +73,7 @@ def load_part(
     Raises:
         InputError: as for `puna.weights.load.load_model`; or the model cannot be cut like this.
     """
-    model, stored = empty_model(path, dtype=dtype, fit=fit)
+    model, stored = empty_model(path, device=device, dtype=dtype, fit=fit)
     check_weights(model, stored)
     numbers = place.layers(model.config.num_layers)
     model.config = place.config(model.config)

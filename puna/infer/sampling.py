@@ -13,6 +13,9 @@ from torch import Tensor
 from puna.infer.constrain import Constraint
 from puna.runtime.errors import InputError
 
+Revise = Callable[[Tensor], None]
+"""Changes the rows' probabilities, in place, before anything is drawn."""
+
 _USUAL_CANDIDATES = 256
 
 
@@ -176,17 +179,12 @@ class Sampler:
         self._min_p_B1 = column([p.min_p for p in params])
         self._any_min_p = any(p.min_p for p in params)
 
-    def __call__(
-        self,
-        logits_BV: Tensor,
-        uniforms: Sequence[float],
-        revise: Callable[[Tensor], None] = lambda probabilities_BV: None,
-    ) -> Tensor:
+    def __call__(self, logits_BV: Tensor, uniforms: Sequence[float], revise: Revise | None = None) -> Tensor:
         """The chosen ids, shape [B].
 
         Args:
             uniforms: for each row the number that draws from its filtered probabilities (`draw`).
-            revise: may change those probabilities, in place, before anything is drawn.
+            revise: called where not all rows are greedy.
 
         Raises:
             FloatingPointError: a row holds NaN or infinity, so the weights or the computation are broken.
@@ -197,7 +195,8 @@ class Sampler:
         if all(self._greedy):
             return choice_B1.squeeze(1)
         probabilities_BV = self.filter(logits_BV).softmax(dim=-1)
-        revise(probabilities_BV)
+        if revise is not None:
+            revise(probabilities_BV)
         return torch.where(self._greedy_B, choice_B1.squeeze(1), draw(probabilities_BV, uniforms))
 
     def filter(self, logits_BV: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     ) -> None:
         for name, part in (
             ("logit_bias", SamplingParams(logit_bias=params.logit_bias)),
+            ("stop_token_ids", SamplingParams(stop_ids=params.stop_ids)),
             (body.constrained_by, SamplingParams(constraint=params.constraint)),
         ):
             try:

@@ -52,6 +52,7 @@ class JsonSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
+    """A label, as is the description: the model sees neither."""
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None

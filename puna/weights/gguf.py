@@ -36,7 +36,7 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "bf16": 32}
 _QUANTIZATION_VERSION = 2
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_EMBEDDING, _OUTPUT, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+EMBEDDING, OUTPUT, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -82,8 +82,8 @@ def _config(file: GgufFile) -> LlamaConfig:
     for key in ("expert_count", "attention.sliding_window"):
         if integer(key, 0):
             raise InputError(f"{file.path} has {architecture}.{key}, which Puna does not support.")
-    if _EMBEDDING not in file.tensors:
-        raise InputError(f"{file.path} holds a vocabulary, but no model: there is no tensor {_EMBEDDING}.")
+    if EMBEDDING not in file.tensors:
+        raise InputError(f"{file.path} holds a vocabulary, but no model: there is no tensor {EMBEDDING}.")
     num_heads = integer("attention.head_count")
     dim, num_layers = integer("embedding_length"), integer("block_count")
     head_dim = integer("attention.key_length", dim // max(num_heads, 1))
@@ -93,7 +93,7 @@ def _config(file: GgufFile) -> LlamaConfig:
         raise InputError(f"{file.path} has {architecture}.context_length = {context_length}.")
     try:
         config = LlamaConfig(
-            vocab_size=file.tensors[_EMBEDDING].shape[0],
+            vocab_size=file.tensors[EMBEDDING].shape[0],
             dim=dim,
             num_layers=num_layers,
             num_heads=num_heads,
@@ -103,7 +103,7 @@ def _config(file: GgufFile) -> LlamaConfig:
             context_length=context_length,
             norm_eps=number("attention.layer_norm_rms_epsilon", 1e-5),
             rope_theta=number("rope.freq_base", 10_000.0),
-            tie_embeddings=_OUTPUT not in file.tensors,
+            tie_embeddings=OUTPUT not in file.tensors,
             qkv_bias="blk.0.attn_q.bias" in file.tensors,
             qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         )
@@ -127,7 +127,7 @@ def _check_sizes(file: GgufFile, config: LlamaConfig) -> None:
     """Refuse sizes that the tensors do not have, before memory is asked for by them."""
     query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     expected = {
-        _EMBEDDING: (config.vocab_size, config.dim),
+        EMBEDDING: (config.vocab_size, config.dim),
         "blk.0.attn_q.weight": (query_dim, config.dim),
         "blk.0.attn_k.weight": (kv_dim, config.dim),
         "blk.0.ffn_gate.weight": (config.hidden_dim, config.dim),
@@ -200,24 +200,27 @@ def gguf_tensors(path: Path) -> StoredTensors:
         InputError: see `read_gguf_config`.
     """
     file = read_gguf(path)
-    config = _config(file)
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-    if file.get("general.architecture", str) != "llama":
-        heads = {}
+    _config(file)  # says what is wrong with it
     names = [name for name in file.tensors if name != _ROPE_FACTORS]
-
-    def read(name: str) -> Tensor:
-        values = _values(file, name)
-        num_heads = heads.get(name.split(".")[-2])
-        return values if num_heads is None else _deinterleave(values, num_heads)
-
     return StoredTensors(
         where=str(path),
         shapes={name: file.tensors[name].shape for name in names},
         dtypes=_dtypes(file, names),
-        read=read,
+        read=lambda name: row_order(file, name, _values(file, name)),
         file_name=to_gguf,
     )
+
+
+def row_order(file: GgufFile, name: str, values: Tensor) -> Tensor:
+    """What belongs to the rows of a tensor, [N, ...] in the file's order, in Puna's."""
+    part = name.split(".")[-2]
+    if file.get("general.architecture", str) != "llama" or part not in ("attn_q", "attn_k"):
+        return values
+    num_heads = file.get("llama.attention.head_count", int)
+    if part == "attn_k":
+        num_heads = file.get("llama.attention.head_count_kv", int) or num_heads
+    assert num_heads is not None, "the configuration has been read"
+    return _deinterleave(values, num_heads)
 
 
 def _dtypes(file: GgufFile, names: list[str]) -> dict[str, torch.dtype]:
@@ -295,7 +298,7 @@ def encoding_of(name: str, shape: tuple[int, ...], type: GgufType, pure: bool = 
     """
     if len(shape) == 1:
         return BY_NAME["F32"]
-    if type.startswith("q4") and name in (_EMBEDDING, _OUTPUT) and not pure:
+    if type.startswith("q4") and name in (EMBEDDING, OUTPUT) and not pure:
         type = "q8_0"
     finer: dict[GgufType, GgufType] = {"q4_k": "q4_0", "q4_0": "f16", "q8_0": "f16"}
     encoding = BY_NAME[type.upper()]

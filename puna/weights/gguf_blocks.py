@@ -58,6 +58,17 @@ def quantize(values: Tensor, encoding: Encoding) -> Tensor:
     return blocks_NB
 
 
+def split_q4_0(blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of Q4_0 as integers, int32 [N, 4], packed as `puna.compress.integers.pack` does, and scales [N]."""
+    packed_N4 = torch.empty(len(blocks_NB), 4, dtype=torch.int32)
+    chunk = CHUNK_ELEMENTS // 32
+    for start in range(0, len(blocks_NB), chunk):
+        # Bytes hold elements j and 16 + j of a block; there elements 2j and 2j + 1.
+        unsigned = _nibbles(blocks_NB[start : start + chunk, 2:]).view(torch.uint8)
+        packed_N4[start : start + chunk] = (unsigned[:, 0::2] | unsigned[:, 1::2] << 4).view(torch.int32)
+    return packed_N4, _halves(blocks_NB[:, :2]).squeeze(1)
+
+
 def _view(bytes_NB: Tensor, dtype: torch.dtype) -> Tensor:
     return bytes_NB.contiguous().view(dtype)
 

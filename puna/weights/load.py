@@ -16,6 +16,8 @@ from puna.runtime.gguf_file import gguf_path
 from puna.runtime.manifest import Manifest
 from puna.tokenizer.base import Tokenizer
 from puna.weights.gguf import gguf_tensors, read_gguf_config
+from puna.weights.gguf_packed import QUANTIZATION as GGUF_QUANTIZATION
+from puna.weights.gguf_packed import multiplies_integers, packed_tensors
 from puna.weights.huggingface import (
     CONFIG_FILE,
     MAX_SHARD_BYTES,
@@ -100,12 +102,13 @@ def load_model(
         dtype: of the parameters; None takes the checkpoint's own.
         fit: called for a model whose weights are stored as integers, with the model (without memory), the
             `quantization_config`, the names of the maps that are stored so, and `path`. Without it such a model is
-            refused: it cannot be trained or converted.
+            refused: it cannot be trained or converted. A GGUF file in Q4_0 is read as floats then, and wherever the
+            native kernels do not multiply its integers, or `dtype` asks for floats.
 
     Raises:
         InputError: the checkpoint is broken, incomplete, unsupported, or none of these formats.
     """
-    model, stored = empty_model(path, dtype=dtype, fit=fit)
+    model, stored = empty_model(path, device=device, dtype=dtype, fit=fit)
     model = model.to_empty(device=device)
     if model.config.tie_embeddings:
         model.output.weight = model.embedding.weight  # leaving the meta device separates them
@@ -116,7 +119,11 @@ def load_model(
 
 
 def empty_model(
-    path: Path | str, *, dtype: torch.dtype | None = None, fit: Fit | None = None
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fit: Fit | None = None,
 ) -> tuple[Transformer, StoredTensors]:
     """A checkpoint's model on the meta device, which has shapes and no memory, and the tensors to fill it with.
 
@@ -133,15 +140,19 @@ def empty_model(
             gate_layers(model, depths)
         except ValueError as error:
             raise InputError(f"{path / CONFIG_FILE}: {error}") from error
-    quantization = quantization_config(path) if _format(path) == "hf" else None
+    maps = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    quantization: Mapping[str, Any] | None = None
+    if _format(path) == "hf":
+        quantization = quantization_config(path)
+    elif _format(path) == "gguf" and fit is not None and dtype is None and multiplies_integers(device):
+        stored, quantization = packed_tensors(_gguf(path), stored, maps), GGUF_QUANTIZATION
     if quantization is not None:
         if fit is None:
             raise InputError(
                 f"{path} holds quantised weights (quantization_config in {CONFIG_FILE}), which can be run and "
                 "measured, but not trained or converted. Use the model that it was made from."
             )
-        names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
-        quantized = [name for name in names if stored.file_name(f"{name}.weight_scale") in stored.shapes]
+        quantized = [name for name in maps if stored.file_name(f"{name}.weight_scale") in stored.shapes]
         fit(model, quantization, quantized, str(path))
     return model.to(dtype or stored.dtype).eval(), stored
 

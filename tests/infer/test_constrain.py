@@ -178,7 +178,7 @@ def test_an_answer_that_cannot_go_on_fails_alone(engine: Engine) -> None:
     whole, doomed = engine.submit([1], params), engine.submit([2], params)
     while not doomed.ids:
         engine.step()
-    engine._matchers[doomed].note(ord("!"))
+    engine.chooser.matchers[doomed].note(ord("!"))
     news = []
     while not engine.idle:
         news += engine.step()
@@ -211,6 +211,22 @@ def test_compiling_holds_nobody_up_and_can_be_given_up(engine: Engine, monkeypat
         engine.step()
     assert re.fullmatch("[ab]{3}", waiting.text)
     assert (unwanted.finish_reason, unwanted.ids) == ("cancelled", [])
+
+
+def test_what_is_remembered_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number and by length, the least recently used going first; one that is too long is compiled all the same."""
+    monkeypatch.setattr(constrain, "_MAX_REMEMBERED", 3)
+    monkeypatch.setattr(constrain, "_MAX_REMEMBERED_CHARACTERS", 40)
+    constraints = Constraints(tokenizer, tokenizer.vocab_size)
+    short = [Constraint(regex=letter) for letter in "abcd"]
+    for each in (short[0], short[1], short[2], short[0], short[3]):
+        constraints.compile(each)
+    assert list(constraints._compiled) == [short[2], short[0], short[3]]
+    long, too_long = Constraint(choice=("x" * 30, "y" * 9)), Constraint(choice=("x" * 30, "y" * 11))
+    constraints.compile(long)
+    assert list(constraints._compiled) == [short[3], long]
+    assert constraints.compile(too_long).result().allowed()[ord("x")]
+    assert not constraints._compiled
 
 
 def test_impossible_constraints_are_refused_where_they_are_made() -> None:

@@ -203,14 +203,19 @@ def test_references_and_outputs() -> None:
 
 def test_shipped_recipes_are_valid() -> None:
     """All are for `puna run`, save those of one stage."""
-    recipes = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
+    folder = Path(__file__).parents[2] / "recipes"
+    recipes = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.toml"))}
     of_one_stage = {"plan.toml": "plan", "parallel.toml": "pretrain"}
-    assert of_one_stage.keys() < {path.name for path in recipes}
-    for path in recipes:
-        if path.name in of_one_stage:
-            load_config(load_stage(of_one_stage[path.name])[0], path, [])
+    of_one_stage |= {name: "finetune" for name in recipes if name.startswith("finetune/")}
+    assert of_one_stage.keys() < recipes.keys()
+    for name, path in recipes.items():
+        if name in of_one_stage:
+            overrides = ["model=some"] if of_one_stage[name] == "finetune" else []  # of the user's choice
+            load_config(load_stage(of_one_stage[name])[0], path, overrides)
         else:
-            plan(run_module.read_toml(path), str(path))
+            output, stages = plan(run_module.read_toml(path), str(path))
+            assert output.parts[0] == "runs"
+            assert stages
 
 
 def test_inspect_shows_chat(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

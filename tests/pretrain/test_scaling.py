@@ -225,6 +225,7 @@ def ladder(data: Path) -> LadderConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_ladder_is_trained_fitted_tested_and_not_trained_again(
     ladder: LadderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_refused_chat(post, body: dict[str, Any], param: str, message: str) -> N
         ({"prompt": 3}, "prompt", "valid string; or Input should be a valid list"),
         ({"prompt": []}, "prompt", "at least 1 item"),
         ({"prompt": [300]}, "prompt", "300 is not a token"),
+        ({"prompt": "x", "stop_token_ids": [99_999]}, "stop_token_ids", "99999 is not a token"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
         ({"prompt": "x", "best_of": 4}, "best_of", "not supported; leave it out or send 1"),
         ({"prompt": "x", "messages": MESSAGES}, "messages", "no parameter messages"),

@@ -394,13 +394,30 @@ def test_values_of_every_kind(tmp_path):
     assert fields["f"].contents() == ["x", ""]
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_k"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0", "q4_k"])
 def test_llama_cpp_runs_our_file(real_data, tmp_path, kind):
     """The same greedy ids. Runs where llama-cpp-python is installed; it has to be compiled, so it is no dependency."""
-    llama_cpp = pytest.importorskip("llama_cpp")
     stories = real_data / "weights" / "stories260K"
     run(stories / "stories260K.bin", tmp_path / "out", tokenizer=stories / "tok512.bin", type=kind)
-    path = tmp_path / "out" / "model.gguf"
+    check_greedy(tmp_path / "out" / "model.gguf")
+
+
+@pytest.mark.parametrize("number", [2, 3, 7, 8, 9], ids=["q4_0", "q4_1", "q8_0", "q5_0", "q5_1"])
+def test_we_run_llama_cpps_file(real_data, tmp_path, number):
+    """Written by its own quantiser."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    stories = real_data / "weights" / "stories260K"
+    run(stories / "stories260K.bin", tmp_path / "out", tokenizer=stories / "tok512.bin", type="f32")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = number, 1
+    source, target = tmp_path / "out" / "model.gguf", tmp_path / "theirs.gguf"
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
+    check_greedy(target)
+
+
+def check_greedy(path):
+    """Both sides go on alike from the same ids."""
+    llama_cpp = pytest.importorskip("llama_cpp")
     theirs = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, verbose=False, logits_all=False)
     tokenizer, model = load_tokenizer(path), load_model(path, dtype=torch.float32)
     prompt = "Once upon a time"
