@@ -82,7 +82,6 @@ class Engine:
         self.max_context = max_context
         device = model.norm.weight.device
         dtype = model.compute_dtype or model.norm.weight.dtype
-        size = limits.block_size
         size, chunk = limits.block_size, limits.chunk
         blocks = BlockManager(
             num_blocks, size, share=limits.prefix_cache, share_step=chunk or 1, share_answers=chunk is None

@@ -1,6 +1,7 @@
 """A model directory to a running engine."""
 
 import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def load_engine(model: Path, config: EngineConfig) -> Engine:
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     guesser = _load_guesser(model, tokenizer, config, device, dtype)
     if config.num_processes == 1:
-        load = stream_model if config.weights == "disk" else load_model
+        load = stream_model if config.weights == "disk" else partial(load_model, map_embedding=True)
         return Engine(load(directory, device=device, dtype=dtype, fit=fit), tokenizer, config, guesser=guesser)
     team = Team(config.num_processes, device, num_threads)
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from puna.model.config import LlamaConfig
 from puna.model.depths import depths_of, gate_layers
@@ -91,6 +92,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     fit: Fit | None = None,
+    map_embedding: bool = False,
 ) -> Transformer:
     """A model in evaluation mode, from any format that Puna reads.
 
@@ -104,6 +106,8 @@ def load_model(
             `quantization_config`, the names of the maps that are stored so, and `path`. Without it such a model is
             refused: it cannot be trained or converted. A GGUF file in Q4_0 is read as floats then, and wherever the
             native kernels do not multiply its integers, or `dtype` asks for floats.
+        map_embedding: leave the embedding in its file, if it is stored there as the model wants it and nothing else
+            uses it: only the rows that are looked up come into memory. It may be changed; the file is not.
 
     Raises:
         InputError: the checkpoint is broken, incomplete, unsupported, or none of these formats.
@@ -114,7 +118,13 @@ def load_model(
         model.output.weight = model.embedding.weight  # leaving the meta device separates them
     for _, tensor in named_tensors(model):
         prefer_huge_pages(tensor)
-    copy_weights(model, stored)
+    name = stored.file_name("embedding.weight")
+    as_stored = stored.dtypes.get(name) is model.embedding.weight.dtype
+    if not (map_embedding and as_stored and torch.device(device).type == "cpu") or model.config.tie_embeddings:
+        copy_weights(model, stored)
+        return model.eval()
+    copy_weights(model, stored, leave={"embedding.weight"})
+    model.embedding.weight = nn.Parameter(stored.read(name))
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Tensors in files, whatever their format, and the one loop that copies them into a model."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -40,16 +40,19 @@ class StoredTensors:
 
 
 @torch.no_grad()
-def copy_weights(model: Transformer, stored: StoredTensors) -> None:
+def copy_weights(model: Transformer, stored: StoredTensors, *, leave: Collection[str] = ()) -> None:
     """Fill every parameter and buffer of `model`, one tensor at a time, converting dtype and device.
 
     Everything is compared before the first byte is copied.
+
+    Args:
+        leave: names in `model` that are not filled.
 
     Raises:
         InputError: see `check_weights`.
     """
     check_weights(model, stored)
-    wanted = {stored.file_name(name): tensor for name, tensor in named_tensors(model)}
+    wanted = {stored.file_name(name): tensor for name, tensor in named_tensors(model) if name not in leave}
     num_bytes = sum(parameter.nbytes for parameter in wanted.values())
     with transfer_progress("Reading weights", num_bytes) as advance:
         for name, parameter in wanted.items():

@@ -133,3 +133,19 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, make_model, assert_same_mod
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert_same_model(load_model(tmp_path / "model"), make_model(seed=1))
+
+
+def test_an_embedding_left_in_its_file(tmp_path, make_model):
+    model = make_model()
+    save_model(model, tmp_path / "model")
+    plain = load_model(tmp_path / "model")
+    mapped = load_model(tmp_path / "model", map_embedding=True)
+    assert mapped.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(mapped.state_dict()[name], tensor)
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    stored = path.read_bytes()
+    with torch.no_grad():
+        mapped.embedding.weight.zero_()
+    assert not mapped.embedding.weight.any()
+    assert path.read_bytes() == stored
