@@ -24,7 +24,8 @@ VERDICTS = (
 _MEMORY = 0.98
 """What a running mean keeps at each step: it looks back over about 50 steps."""
 _SMALLEST_LOSS_DEVIATION = 0.05
-"""Deviations of the loss count as at least this share of its mean: a very even loss is no reason for a false alarm."""
+"""Deviations of the loss count as at least this share of its mean, and as this many nats: neither a very even loss nor
+one near zero, where data is known by heart, is a reason for a false alarm."""
 _SMALLEST_NORM_DEVIATION = 0.3
 """The same of the logarithm of the gradient's norm, absolute."""
 
@@ -66,7 +67,8 @@ def judge(
     number, means, variances = statistics[0], statistics[1::2], statistics[2::2]
     measured = torch.stack([loss.double(), grad_norm.double()])
     values = torch.stack([measured[0], measured[1].clamp_min(_SMALLEST_NORM).log()])
-    smallest = torch.stack([_SMALLEST_LOSS_DEVIATION * means[0].abs(), means.new_tensor(_SMALLEST_NORM_DEVIATION)])
+    smallest_loss = _SMALLEST_LOSS_DEVIATION * means[0].abs().clamp_min(1)
+    smallest = torch.stack([smallest_loss, means.new_tensor(_SMALLEST_NORM_DEVIATION)])
     limit = means + limits.deviations * torch.maximum(variances.sqrt(), smallest)
     spikes = (values > limit) & (number >= limits.settle_steps) & (limits.deviations > 0)
     wrong = torch.cat([(units == 0)[None], ~measured.isfinite(), spikes])
@@ -87,7 +89,7 @@ def naive_judge(
     number, loss_mean, loss_variance, norm_mean, norm_variance = statistics
     log_norm = math.log(max(grad_norm, _SMALLEST_NORM)) if math.isfinite(grad_norm) else math.nan
     settled = limits.deviations > 0 and number >= limits.settle_steps
-    loss_deviation = max(math.sqrt(loss_variance), _SMALLEST_LOSS_DEVIATION * abs(loss_mean))
+    loss_deviation = max(math.sqrt(loss_variance), _SMALLEST_LOSS_DEVIATION * max(abs(loss_mean), 1))
     norm_deviation = max(math.sqrt(norm_variance), _SMALLEST_NORM_DEVIATION)
     if units == 0:
         return 1, list(statistics)
