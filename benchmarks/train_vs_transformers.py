@@ -179,6 +179,26 @@ def puna_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable
     return lambda: train_step(state, [batch], causal_lm_loss, config).loss
 
 
+def plain_step(model: Any, precision: str, compiled: bool, loss_of: Callable[[Any], Any]) -> Callable[[], float]:
+    """A plain loop's step around another library's model."""
+    import torch
+
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def step() -> float:
+        loss = loss_of(forward)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
 def transformers_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable[[], float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -200,10 +220,6 @@ def transformers_step(shape: dict[str, Any], precision: str, compiled: bool) -> 
         use_cache=False,
     )
     model = LlamaForCausalLM(config).to(device)
-    if precision == "bf16":
-        model = model.to(torch.bfloat16)
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     documents = documents_of(shape)
     if "conversations" in shape:
         inputs = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True).to(device)
@@ -213,16 +229,11 @@ def transformers_step(shape: dict[str, Any], precision: str, compiled: bool) -> 
         inputs = labels = torch.cat(documents).view(shape["rows"], shape["row_length"]).to(device)
         mask = None
 
-    def step() -> float:
+    def loss_of(forward: Any) -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
-            loss = forward(input_ids=inputs, attention_mask=mask, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.item())
+            return forward(input_ids=inputs, attention_mask=mask, labels=labels, use_cache=False).loss
 
-    return step
+    return plain_step(model, precision, compiled, loss_of)
 
 
 def litgpt_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callable[[], float]:
@@ -258,20 +269,11 @@ def litgpt_step(shape: dict[str, Any], precision: str, compiled: bool) -> Callab
         mlp_class_name="LLaMAMLP",
     )
     model = GPT(config).to(device)
-    if precision == "bf16":
-        model = model.to(torch.bfloat16)
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def step() -> float:
-        loss = chunked_cross_entropy(forward(inputs[:, :-1]), targets[:, 1:], chunk_size=0)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.item())
+    def loss_of(forward: Any) -> Any:
+        return chunked_cross_entropy(forward(inputs[:, :-1]), targets[:, 1:], chunk_size=0)
 
-    return step
+    return plain_step(model, precision, compiled, loss_of)
 
 
 BUILD = {"puna": puna_step, "transformers": transformers_step, "litgpt": litgpt_step}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which loads the compiler only when called
 
-from puna.kernels.library import address, level, loaded_library, native_library
+from puna.kernels.loader import address, level, loaded_library, native_library
 from puna.model.attend import Attend, DocumentAttend
 
 

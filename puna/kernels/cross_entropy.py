@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from puna.kernels.library import address, level, loaded_library, native_library
+from puna.kernels.loader import address, level, loaded_library, native_library
 
 
 def cross_entropy_and_error(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from puna.kernels.library import level, loaded_library, native_library
+from puna.kernels.loader import level, loaded_library, native_library
 
 INPUTS_UNIT = 128
 """Inputs of a map that the kernels take come in multiples of this."""

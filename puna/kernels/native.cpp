@@ -1,4 +1,4 @@
-// C interface of the kernels. Each is compiled once per instruction set; the caller says which (see library.py).
+// C interface of the kernels. Each is compiled once per instruction set; the caller says which (see loader.py).
 
 #include <omp.h>
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from puna.kernels.forward import INPUTS_UNIT
-from puna.kernels.library import native_library
+from puna.kernels.loader import native_library
 from puna.runtime.gguf_file import GgufFile, read_gguf
 from puna.weights.gguf import EMBEDDING, OUTPUT, row_order
 from puna.weights.gguf_blocks import split_q4_0

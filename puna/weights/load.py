@@ -119,12 +119,11 @@ def load_model(
     for _, tensor in named_tensors(model):
         prefer_huge_pages(tensor)
     name = stored.file_name("embedding.weight")
-    as_stored = stored.dtypes.get(name) is model.embedding.weight.dtype
-    if not (map_embedding and as_stored and torch.device(device).type == "cpu") or model.config.tie_embeddings:
-        copy_weights(model, stored)
-        return model.eval()
-    copy_weights(model, stored, leave={"embedding.weight"})
-    model.embedding.weight = nn.Parameter(stored.read(name))
+    alone = not model.config.tie_embeddings and torch.device(device).type == "cpu"
+    mapped = map_embedding and alone and stored.dtypes.get(name) is model.embedding.weight.dtype
+    copy_weights(model, stored, leave={"embedding.weight"} if mapped else ())
+    if mapped:
+        model.embedding.weight = nn.Parameter(stored.read(name))
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from puna.compress.linear import QuantizedLinear
 from puna.compress.multiply import WAYS, dequantized, multiply, round_activations
 from puna.compress.quantization import Quantization
-from puna.kernels.library import native_library
+from puna.kernels.loader import native_library
 from puna.model.transformer import Linear
 from puna.runtime.errors import InputError
 

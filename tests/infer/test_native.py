@@ -10,12 +10,12 @@ from puna.compress.apply import quantize
 from puna.compress.quantization import Quantization
 from puna.infer.cache import KVPool, PagedAttend
 from puna.infer.native import NativeForward
-from puna.kernels import forward, library
+from puna.kernels import forward, loader
 from puna.model.config import LlamaConfig, RopeScaling
 from puna.model.initialize import initialize
 from puna.model.transformer import Transformer
 
-pytestmark = pytest.mark.skipif(library.native_library() is None, reason="installed without a C++ compiler")
+pytestmark = pytest.mark.skipif(loader.native_library() is None, reason="installed without a C++ compiler")
 
 CPU = torch.device("cpu")
 FORMS = {
@@ -50,7 +50,7 @@ def build(form, *, seed=0, **shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("level", range(library.level() + 1 if library.native_library() else 0))
+@pytest.mark.parametrize("level", range(loader.level() + 1 if loader.native_library() else 0))
 @given(
     before=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     new=st.lists(st.integers(1, 30), min_size=4, max_size=4),

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.kernels import attend, library
+from puna.kernels import attend, loader
 from puna.model.attend import DocumentAttend
 
-pytestmark = pytest.mark.skipif(library.native_library() is None, reason="installed without a C++ compiler")
+pytestmark = pytest.mark.skipif(loader.native_library() is None, reason="installed without a C++ compiler")
 
 
 def both(
@@ -32,7 +32,7 @@ def both(
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("level", range(library.level() + 1 if library.native_library() else 0))
+@pytest.mark.parametrize("level", range(loader.level() + 1 if loader.native_library() else 0))
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5),
     shape=st.sampled_from([(1, 1, 16), (4, 2, 32), (6, 3, 48), (4, 1, 64), (2, 2, 80), (3, 3, 128)]),
@@ -48,7 +48,7 @@ def test_equals_the_readable_twin(level: int, lengths: list[int], shape: tuple[i
 
 
 def test_long_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, twin = both(monkeypatch, library.level(), [1500, 3], 2, 1, 32, 0)
+    ours, twin = both(monkeypatch, loader.level(), [1500, 3], 2, 1, 32, 0)
     for mine, theirs in zip(ours, twin, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=5e-5, atol=5e-5)
 

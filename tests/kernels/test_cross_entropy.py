@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.kernels import cross_entropy, library
+from puna.kernels import cross_entropy, loader
 
-needs_native = pytest.mark.skipif(library.native_library() is None, reason="installed without a C++ compiler")
+needs_native = pytest.mark.skipif(loader.native_library() is None, reason="installed without a C++ compiler")
 
 
 def reference(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +20,7 @@ def reference(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Te
 
 
 @needs_native
-@pytest.mark.parametrize("level", range(library.level() + 1 if library.native_library() else 0))
+@pytest.mark.parametrize("level", range(loader.level() + 1 if loader.native_library() else 0))
 @given(
     rows=st.integers(1, 5),
     vocabulary=st.integers(1, 200),

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from puna.compress.integers import dequantize, pack, to_int4, to_int8
 from puna.compress.multiply import round_activations
-from puna.kernels import forward, library
+from puna.kernels import forward, loader
 from puna.kernels.forward import NativeMap, applicable, multiply
 
-pytestmark = pytest.mark.skipif(library.native_library() is None, reason="installed without a C++ compiler")
+pytestmark = pytest.mark.skipif(loader.native_library() is None, reason="installed without a C++ compiler")
 
-LEVELS = range(library.level() + 1 if library.native_library() else 0)
+LEVELS = range(loader.level() + 1 if loader.native_library() else 0)
 
 
 def native_and_twin(weight_NK, x_MK, bits, group, scales_dtype, bias):

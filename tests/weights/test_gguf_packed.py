@@ -12,7 +12,7 @@ from puna.compress.multiply import round_activations
 from puna.infer.config import EngineConfig
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
-from puna.kernels.library import native_library
+from puna.kernels.loader import native_library
 from puna.model.config import LlamaConfig
 from puna.model.initialize import initialize
 from puna.model.transformer import Linear, Transformer
