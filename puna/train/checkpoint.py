@@ -13,10 +13,10 @@ import re
 import shutil
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -53,6 +53,14 @@ class Checkpoints:
         self._pending: Future[str | None] | None = None
         # torch warns, in its own thread, that there is only one process, which we know.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Training that ends by an error or by Ctrl-C keeps the checkpoint that was being written."""
+        if self._pending is not None:
+            wait([self._pending])
 
     def save(self, state: TrainState) -> None:
         """Copy the state and begin to write step-N; wait first for the one before, if it is still being written."""

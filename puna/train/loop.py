@@ -134,7 +134,7 @@ def fit(
         layout = prepare(model, config, device, mesh)
         state = TrainState(model, build_optimizers(model, config.optimizer), layout=layout)
         defining = run | {"train": {k: v for k, v in run["train"].items() if k not in _FREE_TO_CHANGE}}
-        checkpoints = Checkpoints(output / "checkpoints", defining, config.keep_checkpoints)
+        checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", defining, config.keep_checkpoints))
         quarantine = Quarantine(output / "quarantine", writes=is_first_process())
         recovery = Recovery(state, checkpoints, quarantine, ledger, config.faults.max_rollbacks)
         if checkpoints.restore(state):
