@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 from puna.batches.conversations import FormName
 from puna.config import Kinds
 from puna.finetune.selection import SelectionConfig
-from puna.finetune.task import Task, TaskData
+from puna.finetune.tasks.task import Task, TaskData
 from puna.peft.lora import LoRAConfig
 from puna.runtime.errors import InputError
 from puna.train.config import TrainConfig
 
 TASKS = {
-    "classification": "puna.finetune.classification:Classification",
-    "tagging": "puna.finetune.tagging:Tagging",
-    "spans": "puna.finetune.spans:Spans",
+    "classification": "puna.finetune.tasks.classification:Classification",
+    "tagging": "puna.finetune.tasks.tagging:Tagging",
+    "spans": "puna.finetune.tasks.spans:Spans",
 }
 """Kind of a task -> its class."""
 

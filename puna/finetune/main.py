@@ -3,8 +3,8 @@
 import torch.distributed as dist
 
 from puna.finetune.config import FinetuneConfig
-from puna.finetune.head import tune_task
 from puna.finetune.instructions import tune
+from puna.finetune.tasks.head import tune_task
 from puna.parallel.mesh import joined_processes
 from puna.runtime.errors import InputError
 

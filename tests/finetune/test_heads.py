@@ -14,9 +14,9 @@ from puna.batches.packing import IGNORE
 from puna.config import load_config
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
-from puna.finetune.spans import overlap_f1, read_squad
-from puna.finetune.tags import Entity, Sentence, detect_scheme, entities, read_sentences, to_tags
-from puna.finetune.task import Example, ExampleRows, collate
+from puna.finetune.tasks.spans import overlap_f1, read_squad
+from puna.finetune.tasks.tags import Entity, Sentence, detect_scheme, entities, read_sentences, to_tags
+from puna.finetune.tasks.task import Example, ExampleRows, collate
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_json, write_jsonl
 from puna.runtime.manifest import Manifest
@@ -86,8 +86,8 @@ def our_logits(directory: Path, texts: list[list[int]], module: str, attention: 
     """The same model built from the same files by our own definition."""
     from safetensors.torch import load_file
 
-    from puna.finetune.head import add_head, predict
-    from puna.finetune.task import HeadSpec
+    from puna.finetune.tasks.head import add_head, predict
+    from puna.finetune.tasks.task import HeadSpec
     from puna.model.transformer import Transformer
     from puna.runtime.files import read_json, write_json
     from puna.weights.huggingface import read_hf_config

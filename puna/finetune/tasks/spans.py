@@ -19,7 +19,7 @@ from torch import Tensor
 
 from puna.batches.packing import IGNORE, PADDING
 from puna.batches.tables import text_lines
-from puna.finetune.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
+from puna.finetune.tasks.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
 

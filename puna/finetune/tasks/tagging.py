@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.batches.packing import IGNORE
-from puna.finetune.tags import Scheme, Sentence, detect_scheme, entities, read_sentences, to_tags
-from puna.finetune.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
+from puna.finetune.tasks.tags import Scheme, Sentence, detect_scheme, entities, read_sentences, to_tags
+from puna.finetune.tasks.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
 from puna.runtime.errors import InputError
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from puna.batches.packing import IGNORE
 from puna.batches.tables import Row, read_table
-from puna.finetune.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
+from puna.finetune.tasks.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
 from puna.runtime.errors import InputError
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from puna.finetune.task import Attention, HeadSpec
+from puna.finetune.tasks.task import Attention, HeadSpec
 from puna.model.transformer import Transformer
 from puna.runtime.files import atomic_path, write_json
 from puna.runtime.manifest import Manifest

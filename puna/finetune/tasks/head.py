@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from puna.batches.packing import TokenBatch
 from puna.config import to_plain
 from puna.finetune.config import FinetuneConfig, check_row_length
-from puna.finetune.head_files import save_head_model
 from puna.finetune.selection import LOSS, Selector, check_selection
-from puna.finetune.task import Attention, Example, ExampleBatch, ExampleRows, HeadSpec, Task, collate
+from puna.finetune.tasks.head_files import save_head_model
+from puna.finetune.tasks.task import Attention, Example, ExampleBatch, ExampleRows, HeadSpec, Task, collate
 from puna.kernels.attend import document_attend
 from puna.model.attend import Attend, DocumentAttend
 from puna.model.transformer import Linear, Transformer

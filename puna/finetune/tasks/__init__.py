@@ -1,0 +1,1 @@
+"""Tasks: what a head learns, one file each."""
