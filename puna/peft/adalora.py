@@ -17,7 +17,7 @@ from torch import Tensor
 from puna.model.config import LlamaConfig
 from puna.model.transformer import Transformer
 from puna.peft.lora import refuse_dropout
-from puna.peft.method import AdaptedLinear, Base, MapMethod, hf_name, lookup
+from puna.peft.method import AdaptedLinear, Base, MapMethod, Training, hf_name, lookup
 from puna.runtime.errors import InputError
 
 _RANK_EPSILON = 1e-5
@@ -73,6 +73,14 @@ class AdaLoRAConfig(MapMethod):
                 "full_steps, final_steps and orthogonality have to be at least 0, and allocation_interval at least 1."
             )
         refuse_dropout(self.dropout)
+
+    def training(self, model: Transformer, steps: int) -> Training:
+        """See `Method.training`."""
+
+        def penalty(model: Transformer) -> Tensor:
+            return self.orthogonality * orthogonality(model)
+
+        return Training(penalty=penalty, after_update=RankAllocator(model, self, steps).update)
 
     @classmethod
     def linear(cls, values: Mapping[str, Any]) -> type[AdaptedLinear]:
@@ -188,8 +196,7 @@ class AdaLoRALinear(AdaptedLinear):
 def orthogonality(model: Transformer) -> Tensor:
     """Mean over all P and Q of |P^T P - I| and |Q Q^T - I| (equation 4; the norm is not squared, as in PEFT).
 
-    Its product with `AdaLoRAConfig.orthogonality` belongs to the loss: with a loss that sums over units, times their
-    number.
+    Its product with `AdaLoRAConfig.orthogonality` belongs to the mean loss.
     """
     parts = [part for part in model.modules() if isinstance(part, AdaLoRALinear)]
     grams = [gram for part in parts for gram in (part.lora_a @ part.lora_a.T, part.lora_b.T @ part.lora_b)]
@@ -200,8 +207,9 @@ def orthogonality(model: Transformer) -> Tensor:
 class RankAllocator:
     """Shares out the budget of ranks in the course of training (section 3.2, algorithm 1).
 
-    Call `update` after each step's update of the parameters and before their gradients are dropped; an optimiser's
-    `register_step_post_hook` is the place.
+    Call `update` after each step's update of the parameters and before their gradients are dropped. What it has to
+    remember are buffers of the adapted maps, so that a training's checkpoints hold it: `kept`, the running mean of each
+    weight's importance (`lora_e_sensitivity` for E) and that of its variation (`lora_e_uncertainty`).
 
     Args:
         model: with the adapters of `config` attached.
@@ -221,10 +229,11 @@ class RankAllocator:
         self.maps = [part for part in model.modules() if isinstance(part, AdaLoRALinear)]
         self.full_budget = sum(len(part.lora_e) for part in self.maps)
         self.target_budget = config.target_rank * len(self.maps)
-        zeros = [{name: torch.zeros_like(p) for name, p in part.own_parameters().items()} for part in self.maps]
-        self.sensitivity = zeros
-        self.uncertainty = [{name: value.clone() for name, value in own.items()} for own in zeros]
-        self.kept = [torch.ones_like(part.lora_e, dtype=torch.bool) for part in self.maps]
+        for part in self.maps:
+            part.register_buffer("kept", torch.ones_like(part.lora_e, dtype=torch.bool))
+            for name, parameter in part.own_parameters().items():
+                for mean in ("sensitivity", "uncertainty"):
+                    part.register_buffer(f"{name}_{mean}", torch.zeros_like(parameter))
 
     def budget(self, step: int) -> int:
         """Ranks in all after step `step` (equation 12)."""
@@ -250,26 +259,32 @@ class RankAllocator:
     def _measure(self) -> None:
         """Running means of each weight's importance and of its variation (equations 8 to 10)."""
         beta1, beta2 = self.config.sensitivity_decay, self.config.uncertainty_decay
-        for part, sensitivity, uncertainty in zip(self.maps, self.sensitivity, self.uncertainty, strict=True):
+        for part in self.maps:
             for name, parameter in part.own_parameters().items():
                 assert parameter.grad is not None
                 importance = (parameter * parameter.grad).abs()
-                sensitivity[name].mul_(beta1).add_(importance, alpha=1 - beta1)
-                uncertainty[name].mul_(beta2).add_((importance - sensitivity[name]).abs(), alpha=1 - beta2)
+                sensitivity = part.get_buffer(f"{name}_sensitivity")
+                sensitivity.mul_(beta1).add_(importance, alpha=1 - beta1)
+                variation = (importance - sensitivity).abs()
+                part.get_buffer(f"{name}_uncertainty").mul_(beta2).add_(variation, alpha=1 - beta2)
 
     def _choose(self, budget: int) -> None:
         """Keep the triplets that matter most (equations 7 and 11)."""
-        scores = []
-        for sensitivity, uncertainty in zip(self.sensitivity, self.uncertainty, strict=True):
-            score = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
-            scores.append(score["lora_e"][:, 0] + score["lora_a"].mean(1) + score["lora_b"].mean(0))
         num_given_up = self.full_budget - budget
         if not num_given_up:
             return
+        scores = []
+        for part in self.maps:
+            score = {
+                name: part.get_buffer(f"{name}_sensitivity") * part.get_buffer(f"{name}_uncertainty")
+                for name in part.FILE_NAMES
+            }
+            scores.append(score["lora_e"][:, 0] + score["lora_a"].mean(1) + score["lora_b"].mean(0))
         threshold = torch.cat(scores).kthvalue(num_given_up)[0]
-        self.kept = [(score > threshold)[:, None] for score in scores]
+        for part, score_R in zip(self.maps, scores, strict=True):
+            part.get_buffer("kept").copy_((score_R > threshold)[:, None])
         self._give_up()
 
     def _give_up(self) -> None:
-        for part, kept in zip(self.maps, self.kept, strict=True):
-            part.lora_e.masked_fill_(~kept, 0)
+        for part in self.maps:
+            part.lora_e.masked_fill_(~part.get_buffer("kept"), 0)

@@ -1,5 +1,5 @@
-"""Low-rank adaptation and its variants: LoRA (Hu et al. 2021, arXiv:2106.09685), rsLoRA, DoRA and, over a base in four
-bits, QLoRA."""
+"""Low-rank adaptation and its variants: LoRA (Hu et al. 2021, arXiv:2106.09685), rsLoRA, DoRA, LoRA+ and, over a
+base in four bits, QLoRA."""
 
 import math
 import re
@@ -11,9 +11,10 @@ import torch
 
 from puna.model.config import LlamaConfig
 from puna.model.transformer import Transformer
+from puna.peft.apply import adapted_maps
 from puna.peft.dora import DoRALinear
 from puna.peft.low_rank import LoRALinear
-from puna.peft.method import AdaptedLinear, Base, MapMethod, hf_name, lookup
+from puna.peft.method import AdaptedLinear, Base, MapMethod, Training, hf_name, lookup
 from puna.peft.nf4 import NF4Config, quantize_nf4
 from puna.runtime.errors import InputError
 
@@ -41,6 +42,9 @@ class LoRAConfig(MapMethod):
     four_bits: NF4Config | None = None
     """Keep the model below in four bits while the adapters are trained (QLoRA, Dettmers et al. 2023,
     arXiv:2305.14314)."""
+    b_rate: float = 1.0
+    """Learning rate of B, and of DoRA's lengths, as a multiple of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354,
+    whose section 5 recommends 16)."""
     targets: tuple[str, ...] = ("layers.*",)
     """Linear maps to adapt, by name with wildcards: "layers.*" is all but the projection to the vocabulary,
     "layers.*.attention.query" the queries' of every layer."""
@@ -56,6 +60,8 @@ class LoRAConfig(MapMethod):
             if rank < 1:
                 raise InputError(f"rank is {rank}; it has to be at least 1.")
         refuse_dropout(self.dropout)
+        if self.b_rate < 1:
+            raise InputError(f"b_rate is {self.b_rate}; it has to be at least 1.")
 
     def rank_of(self, name: str) -> int:
         """Rank of the update of the map `name`."""
@@ -70,6 +76,11 @@ class LoRAConfig(MapMethod):
         """See `Method.prepare`."""
         if self.four_bits is not None:
             quantize_nf4(model, self.four_bits)
+
+    def training(self, model: Transformer, steps: int) -> Training:
+        """See `Method.training`."""
+        names = [f"{name}.{own}" for name, adapted in adapted_maps(model).items() for own in adapted.FILE_NAMES]
+        return Training(rates={name: self.b_rate for name in names if not name.endswith(".lora_a")})
 
     @classmethod
     def linear(cls, values: Mapping[str, Any]) -> type[AdaptedLinear]:

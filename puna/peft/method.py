@@ -8,7 +8,8 @@ Shapes: N outputs, K inputs.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -83,6 +84,18 @@ def device_of(base: Base) -> torch.device:
     return next(iter(base.state_dict().values())).device  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a method asks of the training, as `puna.train.loop.fit` takes it."""
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Name of a parameter -> factor of its learning rate, where it is not 1."""
+    penalty: Callable[[Transformer], Tensor] | None = None
+    """A scalar that is added to the mean loss."""
+    after_update: Callable[[int], None] | None = None
+    """To be called with the step after each update, while the gradients are still there."""
+
+
 class Method(ABC):
     """A frozen dataclass that says what is trained.
 
@@ -104,6 +117,14 @@ class Method(ABC):
 
     def prepare(self, model: Transformer) -> None:  # noqa: B027 (most have nothing to do)
         """Change the model below, in place, before anything is put on it."""
+
+    def training(self, model: Transformer, steps: int) -> Training:
+        """What it asks of a training of so many steps, once it is attached.
+
+        Raises:
+            InputError: it has no use for so few steps.
+        """
+        return Training()
 
     @abstractmethod
     def to_peft(self, config: LlamaConfig, maps: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -105,6 +105,9 @@ def fit(
     run: dict[str, Any],
     held_out: EpochRows | None = None,
     watch: Watch | None = None,
+    *,
+    rates: Mapping[str, float] | None = None,
+    after_update: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place until `config.steps`, going on from the newest checkpoint in `output` if there is one.
 
@@ -121,6 +124,8 @@ def fit(
         run: plain values that define the data and model, so that a checkpoint of something else is refused.
         held_out: rows to measure the loss on, one epoch of them.
         watch: called after each validation.
+        rates: name of a parameter -> factor of its learning rate, where it is not 1.
+        after_update: called with the step's number after each update, when the gradients are still there.
 
     Raises:
         InputError: a layout that does not fit, a checkpoint of another run, divergence, or a broken machine.
@@ -132,7 +137,8 @@ def fit(
         device = open_device(config.device, config.num_threads or threads_of_each_process())
         mesh = build_mesh(config.parallel, device)
         layout = prepare(model, config, device, mesh)
-        state = TrainState(model, build_optimizers(model, config.optimizer), layout=layout)
+        optimizers = build_optimizers(model, config.optimizer, rates)
+        state = TrainState(model, optimizers, layout=layout, after_update=after_update)
         defining = run | {"train": {k: v for k, v in run["train"].items() if k not in _FREE_TO_CHANGE}}
         checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", defining, config.keep_checkpoints))
         quarantine = Quarantine(output / "quarantine", writes=is_first_process())

@@ -29,6 +29,16 @@ class LossSum:
 Loss = Callable[[Transformer, TokenBatch], LossSum]
 
 
+def with_penalty(loss: Loss, penalty: Callable[[Transformer], Tensor]) -> Loss:
+    """The same loss, plus in training mode a penalty for each unit: a scalar that follows from the model alone."""
+
+    def penalised(model: Transformer, batch: TokenBatch) -> LossSum:
+        part = loss(model, batch)
+        return LossSum(part.total + part.count * penalty(model), part.count) if model.training else part
+
+    return penalised
+
+
 def causal_lm_loss(model: Transformer, batch: TokenBatch, *, z_loss: float = 0.0) -> LossSum:
     """Negative log-likelihood of each next token within its document.
 

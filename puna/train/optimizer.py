@@ -1,6 +1,8 @@
 """The optimisers, what each updates, and what it decays."""
 
 import importlib
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,48 +12,53 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from puna.model.transformer import Transformer
+from puna.peft.method import AdaptedLinear
 from puna.runtime.errors import InputError
 from puna.train.config import OptimizerConfig
 
 
-def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[Optimizer]:
+def build_optimizers(
+    model: Transformer, config: OptimizerConfig, rates: Mapping[str, float] | None = None
+) -> list[Optimizer]:
     """The optimisers of all parameters that are trained; each is in exactly one.
 
-    Decay is for the weights of linear layers only. Norms and biases have no scale to shrink, and a row of the embedding
-    that no token of a batch touches should not shrink either. A weight that is tied to the embedding counts as a linear
-    layer's.
+    Decay is for the weights of linear layers and for the matrices of adapters. Norms and biases have no scale to
+    shrink, and a row of the embedding that no token of a batch touches should not shrink either. A weight that is tied
+    to the embedding counts as a linear layer's.
+
+    Args:
+        rates: name of a parameter -> factor of its learning rate, where it is not 1; becomes its group's `rate`.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            linear |= {id(parameter) for parameter in module.own_parameters().values() if parameter.ndim > 1}
     hidden = {id(module.weight) for module in model.layers.modules() if isinstance(module, nn.Linear)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    by_muon = [p for p in trained if id(p) in hidden] if config.kind == "muon" else []
-    rest = [p for p in trained if config.kind != "muon" or id(p) not in hidden]
-    optimizers: list[Optimizer] = []
-    if by_muon:
-        optimizers.append(
-            Muon(
-                by_muon,
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",
-            )
+    alike: dict[tuple[bool, bool, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by_muon = config.kind == "muon" and id(parameter) in hidden
+            alike[by_muon, id(parameter) in linear, (rates or {}).get(name, 1.0)].append(parameter)
+    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (by_muon, decays, rate), parameters in sorted(alike.items(), key=lambda item: item[0], reverse=True):
+        groups[by_muon].append(
+            {
+                "params": parameters,
+                "lr": config.learning_rate * rate,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "rate": rate,
+            }
         )
-    groups = [
-        {"params": [p for p in rest if id(p) in linear], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if id(p) not in linear], "weight_decay": 0.0},
-    ]
-    if rest:
-        optimizers.append(_adamw([group for group in groups if group["params"]], config))
+    optimizers: list[Optimizer] = []
+    if groups[True]:
+        optimizers.append(Muon(groups[True], momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    if groups[False]:
+        optimizers.append(_adamw(groups[False], config))
     return optimizers
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.epsilon,
-    }
+    options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.epsilon}
     if config.state_precision == "int8":
         try:
             torchao = importlib.import_module("torchao.optim")

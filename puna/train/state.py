@@ -1,5 +1,6 @@
 """What a run has to remember to go on as if it had never stopped."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ class TrainState:
     model: Transformer
     """With float32 parameters."""
     optimizers: list[torch.optim.Optimizer]
-    """Each parameter that is trained is in exactly one."""
+    """Each parameter that is trained is in exactly one; see `puna.train.optimizer`."""
     step: int = 0
     """Optimiser steps done."""
     batch: int = 0
@@ -26,3 +27,5 @@ class TrainState:
     """Of losses and gradients so far, see `puna.train.anomaly`."""
     layout: Layout = field(default_factory=Layout)
     """How the model lies on the processes."""
+    after_update: Callable[[int], None] | None = None
+    """Called with the step after each update of the parameters, whose gradients are still there."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from puna.batches.packing import TokenBatch
 from puna.parallel.mesh import Mesh
+from puna.runtime.seeds import derive_seed
 from puna.train.anomaly import SpikeLimits, judge
 from puna.train.config import TrainConfig
 from puna.train.loss import Loss
@@ -25,7 +26,7 @@ class StepResult:
     measured: Tensor
     """Loss, norm of the gradient, units and verdict, float64 [4]; see the properties."""
     learning_rate: float
-    """The learning rate of this update."""
+    """The learning rate of this update, for parameters with no factor of their own."""
 
     @property
     def loss(self) -> float:
@@ -60,6 +61,8 @@ def train_step(state: TrainState, batches: Sequence[TokenBatch], loss: Loss, con
         loss: what to minimise.
         config: the run.
     """
+    # What is drawn at random while computing (dropout) follows from the step and the rows, not from what came before.
+    torch.manual_seed(derive_seed(config.seed, "step", state.step, state.layout.own_rows(0, config.batch_rows).start))
     total, units = sum_of_losses(state, batches, loss)
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"] if p.grad is not None]
@@ -70,9 +73,11 @@ def train_step(state: TrainState, batches: Sequence[TokenBatch], loss: Loss, con
 
     learning_rate = config.optimizer.learning_rate * learning_rate_ratio(state.step, config.steps, config.schedule)
     for group in groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate"]
     for optimizer in state.optimizers:
         _update(optimizer, leave_out=verdict > 0)
+    if state.after_update is not None and not verdict.item():
+        state.after_update(state.step)
     state.model.zero_grad()
     state.step += 1
     return StepResult(torch.stack([total / units, grad_norm.double(), units, verdict]), learning_rate)

@@ -22,13 +22,14 @@ from puna.peft.bottleneck import BottleneckConfig
 from puna.peft.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter, stored_parameters
 from puna.peft.ia3 import IA3Config
 from puna.peft.lora import LoRAConfig
-from puna.peft.lora_plus import lora_plus_groups
 from puna.peft.methods import METHODS, AnyMethod
 from puna.peft.nf4 import NF4Config
 from puna.peft.partial import PartialConfig
 from puna.peft.prefix import PrefixConfig
 from puna.peft.prompt import PromptConfig
 from puna.runtime.errors import InputError
+from puna.train.config import OptimizerConfig
+from puna.train.optimizer import build_optimizers
 from puna.weights.load import load_model, save_model
 
 TINY = LlamaConfig(
@@ -316,24 +317,23 @@ def test_lora_plus_has_the_groups_of_peft(base):
     peft = pytest.importorskip("peft")
     from peft.optimizers import create_loraplus_optimizer
 
-    method = LoRAConfig(rank=2, targets=QUERIES, weight_decomposed=True)
+    method = LoRAConfig(rank=2, targets=QUERIES, weight_decomposed=True, b_rate=8)
     model = make()
     attach(model, method)
-    groups = lora_plus_groups(model, 1e-3, 8, weight_decay=0.1)
+    rates = method.training(model, steps=1).rates
+    [optimizer] = build_optimizers(model, OptimizerConfig(learning_rate=1e-3, weight_decay=0.1), rates)
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj", "down_proj"])
     theirs = create_loraplus_optimizer(
         peft.get_peft_model(their_base(base), config), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8,
         loraplus_weight_decay=0.1,
     )  # fmt: skip
 
-    def rates(groups):
+    def by_shape(groups):
         return sorted((group["lr"], tuple(p.shape)) for group in groups for p in group["params"])
 
-    assert rates(groups) == rates(theirs.param_groups)
-    assert {(p.ndim, group["weight_decay"]) for group in groups for p in group["params"]} == {(1, 0), (2, 0.1)}
-    detach(model)
-    with pytest.raises(InputError, match="attach one first"):
-        lora_plus_groups(model, 1e-3)
+    assert by_shape(optimizer.param_groups) == by_shape(theirs.param_groups)
+    decays = {(p.ndim, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {(1, 0), (2, 0.1)}
 
 
 @pytest.mark.parametrize(
