@@ -168,27 +168,40 @@ def merge(model: Transformer) -> None:
         InputError: the adapters are not linear, or have biases where the model has no room for any. Nothing has changed
             then.
     """
-    refuse_virtual(model)
+    if obstacle := why_not_merged(model):
+        raise InputError(obstacle)
+    for name, adapted in adapted_maps(model).items():
+        _put(model, name, _plain(adapted))
+        if name == "output":
+            model.config = replace(model.config, tie_embeddings=False)
+    model.config = replace(model.config, qkv_bias=bool(_biased(model)))
+
+
+def why_not_merged(model: Transformer) -> str:
+    """What keeps the adapters from being merged for good, in a sentence; empty where nothing does."""
+    if virtual_tokens(model):
+        return "Prefix and prompt tuning add tokens, not weights: they cannot be merged into the model."
+    if crooked := [name for name, adapted in adapted_maps(model).items() if not adapted.IS_LINEAR]:
+        return f"The adapter of {crooked[0]} is not linear, so that it cannot be merged into the model's weights."
+    biased = _biased(model)
+    parts = ("query", "key", "value")
+    projections = {f"layers.{n}.attention.{part}" for n in range(model.config.num_layers) for part in parts}
+    if biased not in (set(), projections):
+        return (
+            f"These adapters give biases to {shorten(sorted(biased))}; a model has room for them on the queries, keys "
+            "and values of all layers, or nowhere. Choose exactly these as targets to be able to merge."
+        )
+    return ""
+
+
+def _biased(model: Transformer) -> set[str]:
+    """The linear maps that have a bias, or would have one if the adapters were merged."""
     maps = adapted_maps(model)
     biases = {
         name: maps[name].merged_bias() if name in maps else model.get_submodule(name).bias
         for name in adaptable_names(model)
     }
-    biased = {name for name, bias in biases.items() if bias is not None}
-    projections = {f"layers.{n}.attention.{part}" for n in range(model.config.num_layers) for part in _PROJECTIONS}
-    if biased not in (set(), projections):
-        raise InputError(
-            f"These adapters give biases to {shorten(sorted(biased))}; a model has room for them on the queries, keys "
-            "and values of all layers, or nowhere. Choose exactly these as targets to be able to merge."
-        )
-    for name, adapted in maps.items():
-        _put(model, name, _plain(adapted))
-        if name == "output":
-            model.config = replace(model.config, tie_embeddings=False)
-    model.config = replace(model.config, qkv_bias=bool(biased))
-
-
-_PROJECTIONS = ("query", "key", "value")
+    return {name for name, bias in biases.items() if bias is not None}
 
 
 def _plain(adapted: AdaptedLinear) -> Linear:
@@ -201,16 +214,6 @@ def _plain(adapted: AdaptedLinear) -> Linear:
     return linear.train(adapted.training)
 
 
-def refuse_virtual(model: Transformer) -> None:
-    """Virtual tokens are no change of weights.
-
-    Raises:
-        InputError: the model has some.
-    """
-    if virtual_tokens(model):
-        raise InputError("Prefix and prompt tuning add tokens, not weights: they cannot be merged into the model.")
-
-
 @contextmanager
 @torch.no_grad()
 def merged(model: Transformer) -> Iterator[None]:
@@ -221,8 +224,9 @@ def merged(model: Transformer) -> Iterator[None]:
     Raises:
         InputError: a map is quantised, so that its weight cannot hold the sum; or the adapters are not linear.
     """
-    refuse_virtual(model)
     maps = adapted_maps(model)
+    if virtual_tokens(model) or not all(adapted.IS_LINEAR for adapted in maps.values()):
+        raise InputError(why_not_merged(model))
     if quantized := [name for name, adapted in maps.items() if isinstance(adapted.base, QUANTIZED)]:
         raise InputError(f"{quantized[0]} is quantised, so an adapter cannot be merged into it for a while only.")
     originals: dict[AdaptedLinear, tuple[nn.Parameter, nn.Parameter | None]] = {}

@@ -93,6 +93,7 @@ class BottleneckLinear(AdaptedLinear):
         up_bias: [D].
     """
 
+    IS_LINEAR = False
     FILE_NAMES: ClassVar[Mapping[str, str]] = {
         "down": "adapter_down.weight",
         "down_bias": "adapter_down.bias",
@@ -120,6 +121,3 @@ class BottleneckLinear(AdaptedLinear):
         y: Tensor = self.base(x)
         own = {name: parameter.to(y.dtype) for name, parameter in self.own_parameters().items()}
         return y + F.linear(self.activation(F.linear(y, own["down"], own["down_bias"])), own["up"], own["up_bias"])
-
-    def merged_weight(self) -> Tensor:
-        raise InputError("Bottleneck adapters are not linear, so that they cannot be merged into the model's weights.")

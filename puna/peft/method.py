@@ -36,10 +36,12 @@ class AdaptedLinear(nn.Module, ABC):
 
     Attributes:
         FILE_NAMES: each parameter of its own -> what PEFT calls it in a file, after the map's name.
+        IS_LINEAR: whether one linear map can do the same.
         merged: the base holds the adapted weight at the moment, so that it alone is the answer.
     """
 
     FILE_NAMES: ClassVar[Mapping[str, str]]
+    IS_LINEAR: ClassVar[bool] = True
     in_features: int
     out_features: int
 
@@ -53,13 +55,9 @@ class AdaptedLinear(nn.Module, ABC):
     def adapted(self, x: Tensor) -> Tensor:
         """What the map and its adapter make of `x`."""
 
-    @abstractmethod
     def merged_weight(self) -> Tensor:
-        """The weight [N, K], in the base's dtype, of the one linear map that does the same.
-
-        Raises:
-            InputError: there is none, because the adapter is not linear.
-        """
+        """The weight [N, K], in the base's dtype, of the one linear map that does the same; only where there is one."""
+        raise NotImplementedError
 
     def merged_bias(self) -> Tensor | None:
         """The bias [N] of that map."""
