@@ -170,6 +170,24 @@ def to_plain(config: Any) -> Any:
     return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
+def render_values(values: Mapping[str, Any], path: str = "") -> str:
+    """Plain values as TOML, the inverse of `read_toml`: what is no table first, then tables by their dotted names.
+
+    Args:
+        path: the tables around these values, with a dot behind.
+    """
+    lines, tables = [], []
+    for key, value in values.items():
+        name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+        if isinstance(value, Mapping):
+            tables.append(f"\n[{path}{name}]\n{render_values(value, f'{path}{name}.')}")
+        elif isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+            tables += [f"\n[[{path}{name}]]\n{render_values(part, f'{path}{name}.')}" for part in value]
+        else:
+            lines.append(f"{name} = {_toml(value)}\n")
+    return "".join(lines + tables)
+
+
 def render_defaults(kind: type[Any]) -> str:
     """A commented TOML recipe holding every field of `kind` with its default."""
     return "\n".join(_render_table(kind, path="", listed=set())) + "\n"
@@ -278,7 +296,17 @@ def _explain(error: Any, source: str) -> str:
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:
-    """The attribute docstring of each field: the string literal that follows it in the class body."""
+    """The attribute docstring of each field, also of inherited ones: the string literal that follows it in the class
+    body."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_field_docs(base)
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: doc for name, doc in docs.items() if name in names}
+
+
+def _own_field_docs(kind: type[Any]) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     docs = {}
@@ -312,7 +340,9 @@ def _render_table(kind: type[Any], path: str, listed: set[Kinds]) -> list[str]:
                 listed.add(kinds)
             else:
                 table += _render_table(nested[0], f"{path}{field.name}.", listed)
-            tables += [*doc, *_commented(table)] if inner or field.default is None else [*doc, *table]
+            # What is absent stands as a comment, and what has to be chosen; within an array all is one already.
+            absent = inner or field.default is None or (kinds and not path)
+            tables += [*doc, *_commented(table)] if absent else [*doc, *table]
             continue
         if field.default is not dataclasses.MISSING:
             default = field.default

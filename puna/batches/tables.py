@@ -1,10 +1,13 @@
-"""Small tables as people keep them (JSON, JSON Lines, CSV, TSV, Parquet), row by row, each with the place it is at."""
+"""Small tables as people keep them (JSON, JSON Lines, CSV, TSV, Parquet, or a text file for each column), row by row,
+each with the place it is at."""
 
 import csv
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,37 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
             raise InputError(f"{path} ends in {suffix or 'nothing'}; tables end in {', '.join(SUFFIXES)}.")
 
 
+def parallel_files(prefix: Path, columns: Sequence[str]) -> dict[str, Path]:
+    """Text files beside each other with one column each, by column: PREFIX.en and PREFIX.de, as parallel corpora are
+    kept, or the same with .gz behind. Empty where there is none, or where `prefix` itself exists."""
+    if prefix.exists():
+        return {}
+    candidates = {
+        name: [prefix.with_name(f"{prefix.name}.{name}{packed}") for packed in ("", ".gz")] for name in columns
+    }
+    found = {name: [path for path in paths if path.exists()] for name, paths in candidates.items()}
+    if not any(found.values()):
+        return {}
+    if missing := [name for name, paths in found.items() if not paths]:
+        raise InputError(f"{candidates[missing[0]][0]} does not exist, while {prefix} has files of other columns.")
+    return {name: paths[0] for name, paths in found.items()}
+
+
+def read_parallel(files: Mapping[str, Path]) -> Iterator[Row]:
+    """The rows that lines of the same number make; see `parallel_files`.
+
+    Raises:
+        InputError: a file is longer than another; or see `text_lines`.
+    """
+    for lines in zip_longest(*map(text_lines, files.values())):
+        if None in lines:
+            ended = [path for path, line in zip(files.values(), lines, strict=True) if line is None]
+            number = next(line[0] for line in lines if line is not None)
+            raise InputError(f"{ended[0]} ends before line {number}, which other files beside it have.")
+        where = f"{' and '.join(map(str, files.values()))}, line {lines[0][0]}"
+        yield Row(where, {name: text.rstrip("\r\n") for name, (_, text) in zip(files, lines, strict=True)})
+
+
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 text file, gzipped if its name ends in .gz, with their numbers and line ends.
 
@@ -78,9 +112,10 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
+        before = ", as which the lines before could be read" if number > 1 else ""
         raise InputError(
-            f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8, as which the lines before could be read. The file "
-            "is in another encoding, or in several; convert it, for instance with iconv -f latin1 -t utf-8."
+            f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8{before}. The file is in another encoding, or in "
+            "several; convert it, for instance with iconv -f latin1 -t utf-8."
         ) from error
     except (EOFError, gzip.BadGzipFile) as error:
         raise InputError(f"{path} breaks off, or is not gzipped, after line {number}: {error}.") from error
@@ -136,6 +171,11 @@ def _read_separated(path: Path, columns: Sequence[str], *, tabs: bool) -> Iterat
                 continue
             if not names:
                 names = [name.strip() for name in fields]
+                if not tabs and len(names) == 1 and (mark := re.search(r"[;\t|]", names[0])):
+                    raise InputError(
+                        f"{where}: the columns of the header are parted by {mark[0]!r}, but in a .csv file by commas. "
+                        "Export it with commas, or with tabs as a .tsv file."
+                    )
                 if len(set(names)) < len(names):
                     raise InputError(f"{where}: two columns of the header have the same name ({', '.join(names)}).")
                 continue

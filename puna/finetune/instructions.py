@@ -9,37 +9,35 @@ import torch
 from puna.batches.chat import write_chat_shards
 from puna.batches.conversations import Conversation, read_conversations
 from puna.batches.mixture import Ingredient, MixedRows
-from puna.batches.packing import PackedRows, Rows
+from puna.batches.packing import PackedRows
 from puna.batches.shards import TokenShards
 from puna.config import to_plain
+from puna.finetune.adapters import adapt, save_tuned
+from puna.finetune.answers import answer
 from puna.finetune.config import FinetuneConfig, check_row_length
-from puna.finetune.neftune import NumberedRows, with_noise
-from puna.finetune.selection import LOSS, Selector, check_selection
-from puna.infer.engine import Engine
-from puna.infer.sampling import SamplingParams
+from puna.finetune.regularize.agreement import token_divergence
+from puna.finetune.regularize.safeguards import Safeguards
+from puna.finetune.selection import LOSS, Judge, Selector, check_selection
 from puna.model.transformer import Transformer
 from puna.parallel.mesh import is_first_process, wait_for_all
-from puna.peft.apply import attach
-from puna.peft.files import save_adapter
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_jsonl
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
-from puna.runtime.seeds import derive_seed
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.chat import render_chat
 from puna.tokenizer.chat_template import builtin_template
 from puna.tokenizer.load import load_tokenizer
 from puna.train.loop import fit
-from puna.train.loss import Loss, causal_lm_loss
+from puna.train.loss import causal_lm_loss
 from puna.train.metrics import read_metrics
-from puna.weights.load import load_model, save_model
+from puna.weights.load import load_model
 
 
-def tune(config: FinetuneConfig) -> None:
+def tune(config: FinetuneConfig, judge: Judge | None = None) -> None:
     """Render and check the conversations, train, and write the model or adapter directory."""
     tokenizer = _tokenizer(config)
-    check_selection(config.selection, config.held_out_conversations is not None, [LOSS])
+    check_selection(config.selection, config.held_out_conversations is not None, [LOSS, *config.earlier_metrics])
     if config.sample_prompts and config.held_out_conversations is None:
         raise InputError("sample_prompts are answered at validations: set held_out_conversations too.")
     model = load_model(config.model, dtype=torch.float32)
@@ -49,30 +47,37 @@ def tune(config: FinetuneConfig) -> None:
     if config.held_out_conversations is not None:
         held_out = _pack(read_conversations(config.held_out_conversations), tokenizer, config, "held_out")
     _announce(packed, config)
-    if config.peft is not None:
-        attach(model, config.peft, seed=derive_seed(config.train.seed, "adapters"))
-    loss: Loss = partial(causal_lm_loss, z_loss=config.train.z_loss)
-    training_rows: Rows = rows
-    if config.neftune_alpha:
-        training_rows, loss = NumberedRows(rows), with_noise(loss, config.neftune_alpha, config.train.seed)
+    training = adapt(model, config)
+    safeguards = Safeguards(config, model, tokenizer, training)
+    plain_loss = partial(causal_lm_loss, z_loss=config.train.z_loss)
+    training_rows, loss = safeguards.around_tokens(rows, plain_loss, token_divergence)
 
     paths = [config.model, *([config.conversations] if config.conversations else [])]
     inputs = {str(path): content_hash(path) for path in (*paths, *(source.conversations for source in config.mixture))}
+    inputs |= safeguards.inputs
     run = to_plain(config) | {"inputs": inputs}
-    selector = Selector(config.selection, config.output, partial(_write_samples, config, tokenizer))
-    watch = selector if config.selection is not None or config.sample_prompts else None
-    result = fit(model, training_rows, loss, config.train, config.output, run, held_out, watch)
+    measure = safeguards.measuring(partial(_write_samples, config, tokenizer))
+    selector = Selector(config.selection, config.output, measure, judge)
+    watch = selector if config.selection is not None or config.sample_prompts or config.earlier_metrics else None
+    result = fit(
+        model,
+        training_rows,
+        loss,
+        config.train,
+        config.output,
+        run,
+        held_out,
+        watch,
+        rates=safeguards.rates(),
+        after_update=safeguards.after_update,
+    )
 
     model.compute_dtype = None
     best = selector.restore_best(model, read_metrics(config.output / "metrics.jsonl"))
-    manifest = Manifest("finetune", to_plain(config), inputs, asdict(result) | best)
-    written = config.output / ("model" if config.peft is None else "adapter")
+    manifest = Manifest("finetune", to_plain(config), inputs, asdict(result) | best | safeguards.results())
     if is_first_process():
-        if config.peft is None:
-            save_model(model, written, tokenizer=tokenizer, dtype=getattr(torch, config.dtype), manifest=manifest)
-        else:
-            save_adapter(model, config.peft, written, base_model=str(config.model), manifest=manifest)
-    say(f"Wrote {written}")
+        written = save_tuned(model, config, tokenizer, manifest)
+        safeguards.save_fisher(rows, plain_loss, written)
 
 
 def _tokenizer(config: FinetuneConfig) -> Tokenizer:
@@ -126,11 +131,10 @@ def _write_samples(config: FinetuneConfig, tokenizer: Tokenizer, model: Transfor
     if config.sample_prompts:
         chats = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
         prompts = [render_chat(tokenizer, chat, add_generation_prompt=True).ids for chat in chats]
-        greedy = SamplingParams(temperature=0, max_tokens=config.sample_tokens)
-        completions = Engine(model, tokenizer).generate(prompts, greedy)
-        answers = [
-            {"step": step, "prompt": prompt, "answer": completion.text, "finish_reason": completion.finish_reason}
-            for prompt, completion in zip(config.sample_prompts, completions, strict=True)
+        answers = answer(model, tokenizer, prompts, config.sample_tokens, model.config.context_length)
+        lines = [
+            {"step": step, "prompt": prompt, "answer": each.text, "is_whole": each.is_whole}
+            for prompt, each in zip(config.sample_prompts, answers, strict=True)
         ]
-        write_jsonl(config.output / "samples" / f"step-{step:08}.jsonl", answers)
+        write_jsonl(config.output / "samples" / f"step-{step:08}.jsonl", lines)
     return {}

@@ -20,6 +20,9 @@ LOSS = "validation/loss"
 Measure = Callable[[Transformer, int], dict[str, float]]
 """Measures a model after a step; the names are those of curves, such as "validation/f1"."""
 
+Judge = Callable[[Sequence[Mapping[str, float]]], bool]
+"""Whether training is over after these points of curves, the oldest first; see `puna.train.loop.Watch.ends`."""
+
 
 @dataclass(frozen=True)
 class SelectionConfig:
@@ -59,10 +62,13 @@ class Selector:
         selection: how to choose; None keeps the last.
         output: gets `BEST_FILE`, the trained parameters at the best validation.
         measure: what to measure beside the loss.
+        judge: ends the training too; None leaves that to patience.
     """
 
-    def __init__(self, selection: SelectionConfig | None, output: Path, measure: Measure) -> None:
-        self.selection, self.output, self._measure = selection, output, measure
+    def __init__(
+        self, selection: SelectionConfig | None, output: Path, measure: Measure, judge: Judge | None = None
+    ) -> None:
+        self.selection, self.output, self._measure, self._judge = selection, output, measure, judge
 
     def measure(
         self, state: TrainState, point: Mapping[str, float], earlier: Sequence[Mapping[str, float]]
@@ -85,7 +91,8 @@ class Selector:
 
     def ends(self, points: Sequence[Mapping[str, float]]) -> bool:
         """See `Watch.ends`."""
-        return self.selection is not None and self.selection.is_over(points)
+        impatient = self.selection is not None and self.selection.is_over(points)
+        return impatient or (self._judge is not None and self._judge(points))
 
     def restore_best(self, model: Transformer, points: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Make a trained model what it was at the best validation; returns what is worth noting about that."""

@@ -16,10 +16,14 @@ from puna.weights.stored import shorten
 
 
 def adaptable_names(model: Transformer) -> list[str]:
-    """Names of all linear maps of a model, plain, quantised or adapted, in its order."""
+    """Names of all linear maps of a model, plain, quantised or adapted, in its order; a head put on it is none."""
     maps = (*get_args(Base), AdaptedLinear)
     # An adapted map has the map below it as `base`.
-    return [name for name, part in model.named_modules() if isinstance(part, maps) and not name.endswith(".base")]
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, maps) and not name.endswith(".base") and (name.startswith("layers.") or name == "output")
+    ]
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ def why_not_merged(model: Transformer) -> str:
 
 
 def _biased(model: Transformer) -> set[str]:
-    """The linear maps that have a bias, or would have one if the adapters were merged."""
+    """The model's own linear maps that have a bias, or would have one if the adapters were merged."""
     maps = adapted_maps(model)
     biases = {
         name: maps[name].merged_bias() if name in maps else model.get_submodule(name).bias

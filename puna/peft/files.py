@@ -32,7 +32,6 @@ from puna.weights.stored import shorten
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
 _VIRTUAL = "prompt_embeddings"
 
 
@@ -50,6 +49,8 @@ class StoredAdapter:
     """Name of a parameter of the model -> its value."""
     virtual: Tensor | None
     """Virtual tokens."""
+    head: Mapping[str, Tensor]
+    """Parameters of a head that was put on the model, by name."""
 
     def check(self, model: Transformer) -> None:
         """See whether it was made for a model like this, which has no adapters.
@@ -89,8 +90,11 @@ class StoredAdapter:
             )
 
 
-def read_adapter(directory: Path) -> StoredAdapter:
+def read_adapter(directory: Path, head: str = "") -> StoredAdapter:
     """Read an adapter directory.
+
+    Args:
+        head: name of the head that it should be for; an adapter for one is not for a model without it.
 
     Raises:
         InputError: there is none, it is broken or incomplete, or of a method that Puna has not.
@@ -115,27 +119,31 @@ def read_adapter(directory: Path) -> StoredAdapter:
             "read. Merge the adapter into its model with PEFT."
         )
     method = methods[kind]
-    maps, whole, virtual = _read_tensors(weights_path, method, values)
+    maps, whole, virtual, own_head = _read_tensors(weights_path, method, values, head)
     settings = method.from_peft(values, tuple(maps), tuple(whole), str(config_path))
-    return StoredAdapter(str(directory), settings, maps, whole, virtual)
+    return StoredAdapter(str(directory), settings, maps, whole, virtual, own_head)
 
 
 def _read_tensors(
-    path: Path, method: type[Method], values: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], Tensor | None]:
-    """What `StoredAdapter` holds as tensors, whole and virtual."""
+    path: Path, method: type[Method], values: Mapping[str, Any], head: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], Tensor | None, dict[str, Tensor]]:
+    """What `StoredAdapter` holds as tensors, whole, virtual and head."""
     file = open_safetensors(path)
     linear = method.linear(values) if issubclass(method, MapMethod) else None
     maps: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
+    own_head: dict[str, Tensor] = {}
+    head_prefix = f"{method.PREFIX}{head}."
     virtual, unknown = None, []
     for key in file.keys():  # noqa: SIM118 (not a dictionary)
         if key == _VIRTUAL and issubclass(method, VirtualMethod):
             virtual = file.get_tensor(key)
-        elif linear is not None and (found := _split(key, linear)):
+        elif head and key.startswith(head_prefix):
+            own_head[key.removeprefix(head_prefix)] = file.get_tensor(key)
+        elif linear is not None and (found := _split(key.removeprefix(method.PREFIX), linear)):
             name, own = found
             maps.setdefault(name, {})[own] = file.get_tensor(key)
-        elif name_whole := _whole_name(key):
+        elif name_whole := _own_name(key.removeprefix(method.PREFIX)):
             whole[name_whole] = file.get_tensor(key)
         else:
             unknown.append(key)
@@ -145,39 +153,43 @@ def _read_tensors(
     if not own_part:
         raise InputError(f"{path} holds no tensors of {method.kind}.")
     stored = [to_hf(name).rpartition(".")[0] for name in whole]
+    stored += [head] * bool(own_head)
     if lacking := [m for m in values.get("modules_to_save") or () if not any(name.endswith(m) for name in stored)]:
         raise InputError(
             f"{path} is incomplete: it lacks {shorten(lacking)}, which {CONFIG_FILE} has as modules_to_save."
         )
     if linear and (half := [name for name, own in maps.items() if own.keys() != linear.FILE_NAMES.keys()]):
         raise InputError(f"{path} is incomplete: {shorten(half)} have only a part of the adapter's tensors.")
-    return maps, whole, virtual
+    return maps, whole, virtual, own_head
 
 
-def _split(key: str, linear: type[AdaptedLinear]) -> tuple[str, str] | None:
-    """Names of the map and of the adapter's parameter that a file's key stands for."""
+def _split(hf_key: str, linear: type[AdaptedLinear]) -> tuple[str, str] | None:
+    """Names of the map and of the adapter's parameter that one of Hugging Face's stands for."""
     for own, suffix in linear.FILE_NAMES.items():
-        stem = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
-        if key == f"{_PREFIX}{stem}.{suffix}" and (name := _whole_name(f"{_PREFIX}{stem}.weight")):
+        stem = hf_key.removesuffix(f".{suffix}")
+        if hf_key == f"{stem}.{suffix}" and (name := _own_name(f"{stem}.weight")):
             return name.removesuffix(".weight"), own
     return None
 
 
-def _whole_name(key: str) -> str | None:
-    """Name of the model's parameter that a file's key stands for."""
+def _own_name(hf_key: str) -> str | None:
+    """`from_hf`, if there is such a name."""
     try:
-        return from_hf(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
+        return from_hf(hf_key)
     except KeyError:
         return None
 
 
-def load_adapter(model: Transformer, directory: Path) -> Method:
+def load_adapter(model: Transformer, directory: Path, head: str = "") -> Method:
     """Attach the adapter of a directory to a model, ready to be trained on or merged.
+
+    Args:
+        head: name of a module that the model has beside its own, a linear map, whose parameters are read too.
 
     Raises:
         InputError: see `read_adapter`; or it does not fit the model, or the model has adapters already.
     """
-    stored = read_adapter(directory)
+    stored = read_adapter(directory, head)
     refuse_adapters(model)
     stored.check(model)
     attach(model, stored.method)
@@ -190,17 +202,20 @@ def load_adapter(model: Transformer, directory: Path) -> Method:
             parameter.copy_(stored.whole[name])
         if (virtual := virtual_tokens(model)) and stored.virtual is not None:
             virtual.vectors.copy_(stored.virtual)
+        for own_name, value in stored.head.items():
+            model.get_submodule(head).get_parameter(own_name).copy_(value)
     return stored.method
 
 
 def stored_parameters(model: Transformer, method: Method) -> dict[str, nn.Parameter]:
     """What a file holds of a model with this method attached, by its names there."""
     parameters = {
-        f"{_PREFIX}{hf_name(name)}.{adapted.FILE_NAMES[own]}": parameter
+        f"{method.PREFIX}{hf_name(name)}.{adapted.FILE_NAMES[own]}": parameter
         for name, adapted in adapted_maps(model).items()
         for own, parameter in adapted.own_parameters().items()
     }
-    parameters |= {f"{_PREFIX}{to_hf(name)}": parameter for name, parameter in whole_parameters(model, method).items()}
+    whole = whole_parameters(model, method)
+    parameters |= {f"{method.PREFIX}{to_hf(name)}": parameter for name, parameter in whole.items()}
     virtual = virtual_tokens(model)
     return parameters if virtual is None else parameters | {_VIRTUAL: virtual.vectors}
 
@@ -211,6 +226,8 @@ def save_adapter(
     directory: Path,
     *,
     base_model: str | None = None,
+    head: str = "",
+    settings: Mapping[str, Any] | None = None,
     manifest: Manifest | None = None,
 ) -> None:
     """Write a model's adapters as a directory that PEFT loads; whole or not at all.
@@ -218,6 +235,8 @@ def save_adapter(
     Args:
         method: with which they were attached.
         base_model: path or hub name of the model below, for those who read the directory.
+        head: name of a module that the model has beside its own, which is written too.
+        settings: more for adapter_config.json, or in place of what would be there.
         manifest: becomes `puna.json`.
 
     Raises:
@@ -232,12 +251,16 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "modules_to_save": sorted({to_hf(name).rpartition(".")[0] for name in whole}) or None,
+        "modules_to_save": sorted({to_hf(name).rpartition(".")[0] for name in whole} | {head} - {""}) or None,
         **method.to_peft(model.config, list(maps)),
+        **(settings or {}),
     }
     if maps:
         targets = common_targets([hf_names[name] for name in maps], list(hf_names.values()))
         values.setdefault("target_modules", list(targets))
+    if head:
+        own_head = model.get_submodule(head).named_parameters()
+        parameters |= {f"{method.PREFIX}{head}.{own}": parameter for own, parameter in own_head}
     tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters.items()}
     with atomic_path(directory) as fresh:
         fresh.mkdir()

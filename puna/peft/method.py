@@ -99,11 +99,13 @@ class Method(ABC):
 
     Attributes:
         PEFT_TYPE: `peft_type` of its adapter_config.json; one that PEFT has not where it has no such method.
+        PREFIX: of names in PEFT's files.
         kind: its name in a recipe.
         whole: parameters of the model itself that are trained, by name with wildcards.
     """
 
     PEFT_TYPE: ClassVar[str]
+    PREFIX: ClassVar[str] = "base_model.model."
 
     kind: str
 
@@ -192,6 +194,8 @@ class VirtualMethod(Method):
     Attributes:
         num_virtual_tokens: how many.
     """
+
+    PREFIX = "base_model."
 
     num_virtual_tokens: int
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puna.kernels.attend import NativeDocumentAttend
 from puna.model.attend import Attend, DocumentAttend, bidirectional, causal
 from puna.runtime.errors import InputError
 
@@ -31,7 +32,7 @@ def documents_of(attend: Attend, ids_BT: Tensor) -> tuple[Tensor, bool | Tensor]
     Raises:
         InputError: it is another context, such as one that holds a cache, in which virtual tokens have no place.
     """
-    if isinstance(attend, DocumentAttend):
+    if isinstance(attend, DocumentAttend | NativeDocumentAttend):
         return attend.documents_BT, attend.causal
     if attend in (causal, bidirectional):
         return torch.zeros_like(ids_BT), attend is causal

@@ -37,6 +37,19 @@ STAGES = {
     ),
     "scaling": Stage("puna.pretrain.scaling.main", "ScalingConfig", "Fit scaling laws, and say how to spend a budget."),
     "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to answer, classify, tag or find."),
+    "search": Stage(
+        "puna.finetune.search.main", "SearchConfig", "Find the settings of a fine-tuning recipe that do best."
+    ),
+    "explain": Stage(
+        "puna.finetune.explain.main", "ExplainConfig", "Show what an answer rests on, or how sure a text's tokens are."
+    ),
+    "augment": Stage(
+        "puna.finetune.augment.main", "AugmentConfig", "Make more examples of a task: other words, the same labels."
+    ),
+    "self_train": Stage(
+        "puna.finetune.unlabelled.self_training", "SelfTrainConfig", "Teach a classifier by its own sure labels, too."
+    ),
+    "active": Stage("puna.finetune.unlabelled.active", "ActiveConfig", "Choose the texts most worth labelling next."),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
     "needle": Stage("puna.evaluate.needle", "NeedleConfig", "Hide a sentence in long texts and ask for it."),
     "compress": Stage(

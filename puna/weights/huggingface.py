@@ -53,8 +53,11 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_hf_config(directory: Path) -> LlamaConfig:
+def read_hf_config(directory: Path, *, head: str = "ForCausalLM") -> LlamaConfig:
     """The configuration in `directory/config.json`.
+
+    Args:
+        head: the end of the architecture's name that is expected, which says what is on the trunk.
 
     Raises:
         InputError: the file is absent or broken, a size is missing, or the model is something that Puna does not
@@ -64,7 +67,7 @@ def read_hf_config(directory: Path) -> LlamaConfig:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} has to hold a JSON object.")
-    _refuse_unsupported(values, path)
+    _refuse_unsupported(values, path, head)
     num_heads = _integer(values, "num_attention_heads", path)
     dim = _integer(values, "hidden_size", path)
     model_type = values["model_type"].removesuffix(GATED_SUFFIX)
@@ -95,7 +98,7 @@ def read_hf_config(directory: Path) -> LlamaConfig:
         raise InputError(f"{path}: {error}") from error
 
 
-def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
+def _refuse_unsupported(values: dict[str, Any], path: Path, head: str) -> None:
     def refuse(key: str, why: str = "") -> None:
         raise InputError(
             f"{path} has {key} = {values.get(key)!r}, which Puna does not support{why}. It reads dense models of "
@@ -104,8 +107,8 @@ def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
 
     if str(values.get("model_type")).removesuffix(GATED_SUFFIX) not in _ARCHITECTURES:
         refuse("model_type")
-    if any(not str(name).endswith("ForCausalLM") for name in values.get("architectures") or []):
-        refuse("architectures", ": the model lacks the language-model head")
+    if any(not str(name).endswith(head) for name in values.get("architectures") or []):
+        refuse("architectures", f": a model {head} is wanted here")
     for key, harmless in _UNSUPPORTED.items():
         if values.get(key) not in harmless:
             refuse(key)

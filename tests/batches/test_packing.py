@@ -11,7 +11,7 @@ from puna.batches.packing import IGNORE, PADDING, PackedRows, TokenBatch, best_f
 from puna.runtime.errors import InputError
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
-QUIET = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+QUIET = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def numbered(lengths: list[int]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from puna.runtime.errors import InputError
 from puna.runtime.manifest import Manifest
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     documents=st.lists(st.lists(st.integers(0, 99_999), min_size=1, max_size=20), min_size=1, max_size=12),
     shard_tokens=st.integers(1, 40),

@@ -14,8 +14,12 @@ from puna.batches.packing import IGNORE
 from puna.config import load_config
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
-from puna.finetune.tasks.spans import overlap_f1, read_squad
-from puna.finetune.tasks.tags import Entity, Sentence, detect_scheme, entities, read_sentences, to_tags
+from puna.finetune.tasks.head import predict
+from puna.finetune.tasks.head_files import load_head_model
+from puna.finetune.tasks.spans import overlap_f1
+from puna.finetune.tasks.squad import read_squad
+from puna.finetune.tasks.tagging import Tagging
+from puna.finetune.tasks.tags import Entity, Sentence, detect_scheme, entities, to_tags
 from puna.finetune.tasks.task import Example, ExampleRows, collate
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_json, write_jsonl
@@ -78,33 +82,16 @@ def test_a_text_gets_its_class_and_transformers_agrees(base_model: Path, tmp_pat
     ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text, _ in SENTENCES]
     logits = their_logits(theirs, ids, tokenizer.pad_id).logits
     assert [theirs.config.id2label[n] for n in logits.argmax(-1).tolist()] == [label for _, label in SENTENCES]
-    ours = our_logits(model, ids, "score", attention)
+    ours = our_logits(model, ids, attention)
     torch.testing.assert_close(logits, torch.stack([each[-1] for each in ours]), rtol=1e-5, atol=1e-5)
 
 
-def our_logits(directory: Path, texts: list[list[int]], module: str, attention: Any) -> list[torch.Tensor]:
-    """The same model built from the same files by our own definition."""
-    from safetensors.torch import load_file
-
-    from puna.finetune.tasks.head import add_head, predict
-    from puna.finetune.tasks.task import HeadSpec
-    from puna.model.transformer import Transformer
-    from puna.runtime.files import read_json, write_json
-    from puna.weights.huggingface import read_hf_config
-    from puna.weights.names import from_hf
-
-    values = read_json(directory / "config.json")
-    (directory / "plain").mkdir(exist_ok=True)
-    write_json(directory / "plain" / "config.json", values | {"architectures": ["LlamaForCausalLM"]})
-    model = Transformer(read_hf_config(directory / "plain"))
-    labels = tuple(values["id2label"].values())
-    tensors = load_file(directory / "model.safetensors")
-    add_head(model, HeadSpec("", module, f"{module}.bias" in tensors, labels, {}), seed=0)
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own = name if name.startswith(module) else from_hf(name.replace("transformer.", "model."))
-            model.get_parameter(own).copy_(value)
-    return predict(model.eval(), [Example(ids, [0] * len(ids)) for ids in texts], module, attention, pad_id=0)
+def our_logits(directory: Path, texts: list[list[int]], attention: Any) -> list[torch.Tensor]:
+    """What the same directory computes here."""
+    found = load_head_model(directory)
+    assert found.attention == attention
+    examples = [Example(ids, [0] * len(ids)) for ids in texts]
+    return predict(found.model, examples, found.spec.module, found.attention, found.tokenizer.pad_id)
 
 
 def test_pairs_several_classes_and_numbers(base_model: Path, tmp_path: Path) -> None:
@@ -112,7 +99,7 @@ def test_pairs_several_classes_and_numbers(base_model: Path, tmp_path: Path) -> 
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     model = tune(
         base_model, tmp_path / "p", "classification", tmp_path / "pairs.jsonl",
-        "task.text=a", "task.second_text=b", "train.steps=2", 'peft={rank=2}',
+        "task.text=a", "task.second_text=b", "train.steps=2", 'peft={kind="lora",rank=2}',
     )  # fmt: skip
     assert Manifest.read(model).results["validation/mcc"] <= 1.0
 
@@ -163,7 +150,7 @@ def test_words_get_their_tags_and_transformers_agrees(
     tokenizer = load_tokenizer(model)
     texts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("the herd of Lima", "in Peru")]
     logits = their_logits(theirs, texts, tokenizer.pad_id).logits
-    for row, ours in zip(logits, our_logits(model, texts, "score", attention), strict=True):
+    for row, ours in zip(logits, our_logits(model, texts, attention), strict=True):
         torch.testing.assert_close(row[: len(ours)], ours, rtol=1e-5, atol=1e-5)
 
 
@@ -289,7 +276,7 @@ def test_answers_are_found_and_transformers_agrees(base_model: Path, tmp_path: P
     texts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("the herd of Lima", "in Peru")]
     found = their_logits(theirs, texts, tokenizer.pad_id)
     logits = torch.stack([found.start_logits, found.end_logits], -1)
-    for row, ours in zip(logits, our_logits(model, texts, "qa_outputs", "bidirectional"), strict=True):
+    for row, ours in zip(logits, our_logits(model, texts, "bidirectional"), strict=True):
         torch.testing.assert_close(row[: len(ours)], ours, rtol=1e-5, atol=1e-5)
 
 
@@ -313,7 +300,7 @@ def test_published_questions(real_data: Path, name: str, unit: str) -> None:
 
 @pytest.mark.parametrize(("name", "count"), [("conll2003/eng.dev.txt.gz", 3250), ("weibo_ner/dev.txt", 270)])
 def test_published_sentences(real_data: Path, name: str, count: int) -> None:
-    sentences = read_sentences(real_data / "tasks" / name, "tokens", "tags")
+    sentences = Tagging().read(real_data / "tasks" / name)
     assert len(sentences) == count
     scheme = detect_scheme(sentences)
     assert scheme == ("BIO1" if "conll" in name else "BIO2")
@@ -339,7 +326,7 @@ def test_tags_and_entities_are_inverse(parts: list[tuple[int, int, str]]) -> Non
 
 
 def test_a_published_mistake_is_named(real_data: Path) -> None:
-    sentences = read_sentences(real_data / "tasks" / "weibo_ner" / "train.txt", "tokens", "tags")
+    sentences = Tagging().read(real_data / "tasks" / "weibo_ner" / "train.txt")
     with pytest.raises(InputError, match=r"line 1266 begins one with I-, .* task.scheme=BIO1"):
         detect_scheme(sentences)
     assert sum(len(entities(sentence, "BIO1")) for sentence in sentences) > 1000

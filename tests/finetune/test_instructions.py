@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.batches.packing import PADDING
+from puna.batches.packing import PADDING, TokenBatch
 from puna.config import load_config
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
-from puna.finetune.neftune import NumberedBatch, embedding_noise
+from puna.finetune.neftune import embedding_noise
+from puna.finetune.numbered import with_numbers
 from puna.finetune.selection import SelectionConfig
 from puna.peft.files import load_adapter
 from puna.runtime.errors import InputError
@@ -82,7 +83,7 @@ def test_adapters_are_trained_and_written(base_model: Path, data: Path, tmp_path
         tmp_path,
         f"conversations={data / 'alpaca.jsonl'}",
         f"held_out_conversations={data / 'alpaca.jsonl'}",
-        "peft.rank=4",
+        "peft.kind=lora", "peft.rank=4",
         "selection.patience=5",
     )
     losses = [point["validation/loss"] for point in points if "validation/loss" in point]
@@ -101,7 +102,7 @@ def test_adapters_are_trained_and_written(base_model: Path, data: Path, tmp_path
 def test_noise_is_that_of_the_paper(lengths: list[int], padding: int, alpha: float) -> None:
     documents = [number for number, length in enumerate(lengths) for _ in range(length)] + [PADDING] * padding
     documents_BT = torch.tensor([documents])
-    batch = NumberedBatch(documents_BT, documents_BT, documents_BT, documents_BT, rows_B=torch.tensor([7]))
+    batch = with_numbers(TokenBatch(*[documents_BT] * 4), torch.tensor([7]))
     noise_TD = embedding_noise(batch, 8, alpha, seed=1)[0]
     start = 0
     for length in lengths:

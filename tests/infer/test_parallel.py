@@ -3,9 +3,7 @@
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,7 +177,7 @@ def test_one_team_in_a_process(team, model_directory):
 
 
 @pytest.mark.slow
-def test_from_a_script_to_the_end_of_it(tokenizer, tmp_path):
+def test_from_a_script_to_the_end_of_it(tokenizer, tmp_path, wait_until, all_ended):
     """Four processes; then the death of a follower, and of the first process."""
     path = save(tmp_path / "model")
     tokenizer.save(path)
@@ -215,7 +213,4 @@ def test_from_a_script_to_the_end_of_it(tokenizer, tmp_path):
         assert done.returncode == (-9 if end == "first dies" else 0), done.stderr
         pids = done.stdout.split()
         assert len(pids) == 3
-        deadline = time.monotonic() + 30
-        while (running := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not running
+        wait_until(lambda pids=pids: all_ended(pids))

@@ -6,7 +6,6 @@ The test process talks to it through pickles on stdin and stdout, see the fixtur
 import os
 import pickle
 import select
-import socket
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from puna.batches.packing import IGNORE, PADDING, TokenBatch
 from puna.model.config import LlamaConfig
@@ -166,12 +166,6 @@ def _measured(output: Path, model: Transformer) -> Outcome:
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def _fork(case: Case, rank: int, ranks: int, port: int) -> tuple[int, int]:
     """Start a rank; return its process and the pipe that its answer comes through."""
     reader, writer = os.pipe()
@@ -187,6 +181,7 @@ def _fork(case: Case, rank: int, ranks: int, port: int) -> tuple[int, int]:
             LOCAL_WORLD_SIZE=str(ranks),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
     try:
         answer: Any = run(case)
@@ -198,8 +193,9 @@ def _fork(case: Case, rank: int, ranks: int, port: int) -> tuple[int, int]:
 
 
 def _collect(case: Case, timeout_seconds: float) -> Any:
-    port = _free_port()
-    children = [_fork(case, rank, case.ranks, port) for rank in range(case.ranks)]
+    # As with torchrun, where the ranks meet is not one of them: no port is chosen before somebody listens on it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = [_fork(case, rank, case.ranks, store.port) for rank in range(case.ranks)]
     deadline = time.monotonic() + timeout_seconds
     answers = dict.fromkeys(range(case.ranks), b"")
     open_pipes = {reader: rank for rank, (_, reader) in enumerate(children)}

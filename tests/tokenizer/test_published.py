@@ -170,7 +170,7 @@ def test_pathological_texts(published: Published, name: str, unit: str) -> None:
     """Meta's tokenizer cuts such texts, or tiktoken overflows its stack; here they take linear time."""
     tokenizer = published(name)
     text = unit * (1_100_000 // len(unit))
-    begin = time.perf_counter()
+    begin = time.process_time()
     ids = tokenizer.encode(text)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
     assert tokenizer.decode(ids) == text

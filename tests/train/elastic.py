@@ -7,7 +7,6 @@ others are killed and all begin again. The test process sends jobs as pickles an
 
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -100,12 +99,6 @@ def train(job: Job) -> tuple[dict[str, torch.Tensor], float]:
         return weights, result.effective_training_share
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def _fork(work: Callable[[], Any], answer: Path, said: Path, environment: dict[str, str]) -> int:
     if process := os.fork():
         return process
@@ -130,7 +123,7 @@ def survive(job: Job, timeout_seconds: float = 800) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said"
         for restarts in range(job.max_restarts + 1):
-            port = _free_port()
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             answers = [Path(folder) / f"answer-{restarts}-{rank}" for rank in range(job.ranks)]
             ranks = {}
             for rank, answer in enumerate(answers):
@@ -138,7 +131,7 @@ def survive(job: Job, timeout_seconds: float = 800) -> Outcome:
                 if job.ranks > 1:
                     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks)}
                     environment |= {"LOCAL_WORLD_SIZE": str(job.ranks), "MASTER_ADDR": "127.0.0.1"}
-                    environment |= {"MASTER_PORT": str(port)}
+                    environment |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
                 ranks[_fork(lambda: train(job), answer, said, environment)] = answer
             failed = False
             while ranks:

@@ -180,7 +180,7 @@ def test_one_run_on_two_ranks_survives_kills_bad_data_and_a_flipped_bit(
     assert goodput.effective_share == met.share
     assert goodput.wall == pytest.approx(sum(v for k, v in asdict(goodput).items() if k not in ("wall", "restarts")))
     # From outside: all but the first start of the processes and their end.
-    assert met.seconds - 3 < goodput.wall < met.seconds
+    assert met.seconds / 2 < goodput.wall < met.seconds
 
 
 def test_who_is_missing() -> None:
@@ -199,14 +199,14 @@ def test_who_is_missing() -> None:
 
 def test_a_hang_is_reported_with_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In a process that nobody would start again: it goes on."""
-    seen = threading.Event()
+    stacks, said, pause = tmp_path / "rank-0.txt", "", threading.Event()
     with Watchdog(0.2, tmp_path) as watchdog:
         watchdog.beat("reading batch 6")
-        while not (tmp_path / "rank-0.txt").exists():
-            seen.wait(0.05)
-        seen.wait(0.3)
-    assert "Training has stood still for 0 s (reading batch 6)." in capfd.readouterr().err
-    assert "test_a_hang_is_reported_with_stacks" in (tmp_path / "rank-0.txt").read_text()
+        while not (stacks.exists() and "test_a_hang" in stacks.read_text() and said.endswith("\n")):
+            pause.wait(0.05)
+            said += capfd.readouterr().err
+    assert "Training has stood still for 0 s (reading batch 6)." in said
+    assert "test_a_hang_is_reported_with_stacks" in stacks.read_text()
 
 
 def test_who_is_slow() -> None:
@@ -293,7 +293,7 @@ def test_twenty_kills_of_random_ranks(
     goodput = read_goodput(tmp_path / "a")
     assert goodput.restarts == 20
     assert goodput.wall == pytest.approx(sum(v for k, v in asdict(goodput).items() if k not in ("wall", "restarts")))
-    assert met.seconds - 5 < goodput.wall < met.seconds
+    assert met.seconds / 2 < goodput.wall < met.seconds
 
 
 @pytest.mark.slow

@@ -253,18 +253,18 @@ def sound(make_model, tmp_path_factory):
 def try_to_load(path):
     """Load whatever can be loaded; anything but success and InputError is a fault. Returns the peak memory in bytes."""
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     try:
         for load in (load_model, load_tokenizer):
             with contextlib.suppress(InputError):
                 load(path)
-        assert time.monotonic() - started < 5
+        assert time.process_time() - started < 5
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_mutated_files_end_in_a_readable_error(sound, tmp_path, data):
     content, header_end = bytearray(sound[0]), sound[1]

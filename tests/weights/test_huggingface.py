@@ -120,7 +120,7 @@ def test_an_old_and_sparse_config(tmp_path):
     [
         ({"model_type": "mixtral"}, "model_type = 'mixtral'"),
         ({"model_type": None}, "model_type = None"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures = .*lacks the language-model head"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures = .*a model ForCausalLM is wanted here"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),

@@ -5,8 +5,9 @@ Shapes: B examples, T tokens, C classes, N held-out examples.
 
 import importlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -17,12 +18,24 @@ from torch import Tensor
 
 from puna.batches.packing import IGNORE
 from puna.batches.tables import Row, read_table
-from puna.finetune.tasks.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
+from puna.finetune.regularize.agreement import symmetric_divergence
+from puna.finetune.tasks.task import (
+    Attention,
+    Example,
+    ExampleBatch,
+    HeadSpec,
+    OpenTask,
+    Task,
+    TaskData,
+    read_both,
+)
 from puna.runtime.errors import InputError
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
 
 Problem = Literal["one_class", "many_classes", "number"]
+
+Read = Callable[[Path, Sequence[str]], Iterable[Row]]
 
 _PROBLEM_TYPES = {
     "one_class": "single_label_classification",
@@ -67,16 +80,19 @@ class _Labelled:
 
 
 class OpenClassification(OpenTask):
-    """See `OpenTask`. The head reads the last token, which under causal attention has seen all others."""
+    """See `OpenTask`. The head reads the last token, which under causal attention has seen all others.
 
-    def __init__(self, task: Classification, data: TaskData, tokenizer: Tokenizer, max_tokens: int) -> None:
+    Args:
+        read: the rows of a file, given names for columns that have none.
+    """
+
+    def __init__(
+        self, task: Classification, data: TaskData, tokenizer: Tokenizer, max_tokens: int, read: Read = read_table
+    ) -> None:
         self.task, self.attention = task, task.attention
-        train = _read(task, data.train, data.columns, tokenizer, max_tokens)
-        held_out = _read(task, data.held_out, data.columns, tokenizer, max_tokens) if data.held_out else []
-        if not train:
-            raise InputError(f"{data.train} holds no example.")
-        if data.held_out and not held_out:
-            raise InputError(f"{data.held_out} holds no example.")
+        train, held_out = read_both(
+            data, lambda path: _encode(task, path, read(path, data.columns), tokenizer, max_tokens)
+        )
         self.labels = ("number",) if task.problem == "number" else _label_set(task, train, data)
         numbers = {label: number for number, label in enumerate(self.labels)}
         self.train = [_example(self.task, row, numbers) for row in train]
@@ -102,6 +118,17 @@ class OpenClassification(OpenTask):
                 return each_BC.mean(-1).sum()
             case "number":
                 return F.mse_loss(logits_BC, batch.targets_BC, reduction="sum")
+
+    def divergence(self, logits_BTC: Tensor, batch: ExampleBatch) -> Tensor:
+        """See `OpenTask.divergence`: of the classes' probabilities, mean over classes where there may be several; of
+        numbers the square of their difference, for squared error is the likelihood of a normal distribution."""
+        if self.task.problem == "one_class":
+            return super().divergence(logits_BTC, batch)
+        first_NC, second_NC = logits_BTC[batch.labels_BT != IGNORE].chunk(2)
+        if self.task.problem == "number":
+            return (first_NC - second_NC).square().sum()
+        both = [torch.stack((F.logsigmoid(x_NC), F.logsigmoid(-x_NC))) for x_NC in (first_NC, second_NC)]
+        return symmetric_divergence(*both) / len(self.labels)
 
     def measure(self, logits: Sequence[Tensor]) -> tuple[dict[str, float], str]:
         """Accuracy, macro F1 and Matthews correlation; exact match and F1; or error and correlations (scikit-learn)."""
@@ -172,11 +199,11 @@ def _correlation(x_N: Any, y_N: Any) -> float:
     return float(np.corrcoef(x_N, y_N)[0, 1])
 
 
-def _read(task: Classification, path: Any, columns: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[_Labelled]:
+def _encode(task: Classification, path: Path, read: Iterable[Row], tokenizer: Tokenizer, limit: int) -> list[_Labelled]:
     rows = []
     num_cut = 0
-    for row in read_table(path, columns):
-        ids, cut = _ids(task, row, tokenizer, limit)
+    for row in read:
+        ids, cut = text_ids(task, row, tokenizer, limit)
         num_cut += cut
         classes = () if task.problem == "number" else _classes(task, row)
         number = _number(task, row) if task.problem == "number" else 0.0
@@ -186,7 +213,7 @@ def _read(task: Classification, path: Any, columns: Sequence[str], tokenizer: To
     return rows
 
 
-def _ids(task: Classification, row: Row, tokenizer: Tokenizer, limit: int) -> tuple[list[int], bool]:
+def text_ids(task: Classification, row: Row, tokenizer: Tokenizer, limit: int) -> tuple[list[int], bool]:
     """BOS, the text, and for a pair EOS and the other text; and whether something was cut off, of the longer one first.
 
     Nothing stands at the end: `transformers` takes for the last token the last that is not padding.
@@ -257,7 +284,7 @@ def _label_set(task: Classification, train: Sequence[_Labelled], data: TaskData)
             f"{data.train} has no example of {', '.join(map(repr, empty))}, so that class cannot be learnt. Give some, "
             "or take it out of task.labels."
         )
-    if len(labels) < 2 and task.problem == "one_class":
+    if len(labels) < 2 and len(counts) < 2 and task.problem == "one_class":
         raise InputError(f"Every example in {data.train} has the label {labels[0]!r}: there is nothing to tell apart.")
     if not labels:
         raise InputError(f"No example in {data.train} has a class in its column {task.label!r}.")

@@ -1,18 +1,48 @@
-"""Model directories with a head in place of the projection to the vocabulary, as `transformers` loads them."""
+"""Model directories with a head in place of the projection to the vocabulary, as `transformers` loads them; and adapter
+directories with one, for methods that cannot be merged."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from puna.finetune.tasks.task import Attention, HeadSpec
-from puna.model.transformer import Transformer
-from puna.runtime.files import atomic_path, write_json
+from puna.model.transformer import Linear, Transformer
+from puna.peft.files import CONFIG_FILE as ADAPTER_FILE
+from puna.peft.files import load_adapter, save_adapter
+from puna.peft.method import Method
+from puna.runtime.errors import InputError
+from puna.runtime.files import atomic_path, read_json, write_json
 from puna.runtime.manifest import Manifest
 from puna.tokenizer.base import Tokenizer
-from puna.weights.huggingface import CONFIG_FILE, SINGLE_FILE, hf_config
-from puna.weights.load import check_vocabulary, write_tokenizer
+from puna.tokenizer.load import load_tokenizer
+from puna.weights.huggingface import CONFIG_FILE, SINGLE_FILE, hf_config, hf_tensors, read_hf_config
+from puna.weights.load import check_vocabulary, load_model, resolve, write_tokenizer
 from puna.weights.names import to_hf
+from puna.weights.stored import copy_weights
+
+_HEADS = {
+    "ForSequenceClassification": ("score", "SEQ_CLS"),
+    "ForTokenClassification": ("score", "TOKEN_CLS"),
+    "ForQuestionAnswering": ("qa_outputs", "QUESTION_ANS"),
+}
+"""Kind of a head -> its name in `transformers`, and PEFT's name of the task."""
+
+
+@dataclass(frozen=True)
+class HeadModel:
+    """A model with a head, read from a directory."""
+
+    model: Transformer
+    """With the head as a module of the name `spec.module`; in evaluation mode."""
+    spec: HeadSpec
+    """The head; its `config` is all that config.json says."""
+    attention: Attention
+    """Whether a token sees what comes after it."""
+    tokenizer: Tokenizer
+    """The model's."""
 
 
 def save_head_model(
@@ -34,10 +64,97 @@ def save_head_model(
         OSError: the disk is full, or cannot be written; nothing is left behind.
     """
     check_vocabulary(model.config, tokenizer)
+    values = _config_values(model, spec, attention, tokenizer, dtype)
+    tensors = {
+        _stored_name(name, spec): parameter.detach().to("cpu", dtype).contiguous()
+        for name, parameter in model.named_parameters()
+        if name != "output.weight"
+    }
+    with atomic_path(directory) as fresh:
+        fresh.mkdir()
+        save_file(tensors, fresh / SINGLE_FILE, metadata={"format": "pt"})
+        write_json(fresh / CONFIG_FILE, values)
+        write_tokenizer(tokenizer, fresh)
+        manifest.write(fresh)
+
+
+def save_head_adapter(
+    model: Transformer,
+    method: Method,
+    spec: HeadSpec,
+    attention: Attention,
+    tokenizer: Tokenizer,
+    directory: Path,
+    base_model: Path,
+    manifest: Manifest,
+) -> None:
+    """Write adapters and head as a directory for PEFT, with the head's config.json beside; whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or cannot be written; nothing is left behind.
+    """
+    with atomic_path(directory) as fresh:
+        settings = {"task_type": _HEADS[spec.architecture][1]}
+        save_adapter(
+            model, method, fresh, base_model=str(base_model), head=spec.module, settings=settings, manifest=manifest
+        )
+        write_json(fresh / CONFIG_FILE, _config_values(model, spec, attention, tokenizer, torch.float32))
+
+
+def load_head_model(path: Path | str, *, dtype: torch.dtype | None = None) -> HeadModel:
+    """Read what `save_head_model` or `save_head_adapter` wrote, or a model with one of these heads from elsewhere.
+
+    Args:
+        dtype: of the parameters; None takes the stored one.
+
+    Raises:
+        InputError: there is no head in the directory, or it is broken or incomplete.
+    """
+    directory = resolve(path)
+    if not (directory / CONFIG_FILE).is_file():
+        raise InputError(f"{path} has no {CONFIG_FILE}: it is no directory of a model with a head.")
+    values = read_json(directory / CONFIG_FILE)
+    architecture = str((values.get("architectures") or [""])[0])
+    kind = next((kind for kind in _HEADS if architecture.endswith(kind)), None)
+    if kind is None:
+        raise InputError(
+            f"{directory / CONFIG_FILE} has the architecture {architecture!r}; a model with a head is one of "
+            f"{', '.join(_HEADS)}, as `puna finetune` writes for a task."
+        )
+    labels = tuple(label for _, label in sorted(values["id2label"].items(), key=lambda item: int(item[0])))
+    attention: Attention = "causal" if values.get("is_causal", True) else "bidirectional"
+    spec = HeadSpec(kind, _HEADS[kind][0], kind != "ForSequenceClassification", labels, values)
+    if (directory / ADAPTER_FILE).is_file():
+        base = read_json(directory / ADAPTER_FILE).get("base_model_name_or_path")
+        model = load_model(str(base), dtype=dtype)
+        _put_on(model, spec)
+        load_adapter(model, directory, head=spec.module)
+        tokenizer = load_tokenizer(resolve(str(base)))
+    else:
+        config = read_hf_config(directory, head=kind)
+        stored = replace(hf_tensors(directory), file_name=lambda name: _stored_name(name, spec))
+        # Such a model has no projection to the vocabulary; a tied one takes no room.
+        model = Transformer(replace(config, tie_embeddings=True))
+        _put_on(model, spec)
+        model.to(dtype or stored.dtype)
+        copy_weights(model, stored)
+        tokenizer = load_tokenizer(directory)
+    return HeadModel(model.eval(), spec, attention, tokenizer)
+
+
+def _put_on(model: Transformer, spec: HeadSpec) -> None:
+    head = Linear(model.config.dim, len(spec.labels), bias=spec.bias)
+    model.add_module(spec.module, head.to(model.embedding.weight.dtype))
+
+
+def _config_values(
+    model: Transformer, spec: HeadSpec, attention: Attention, tokenizer: Tokenizer, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The content of config.json."""
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     values = hf_config(model.config, dtype, **ids)
     family = values["architectures"][0].removesuffix("ForCausalLM")
-    values |= {
+    return values | {
         "architectures": [family + spec.architecture],
         "id2label": {str(number): label for number, label in enumerate(spec.labels)},
         "label2id": {label: number for number, label in enumerate(spec.labels)},
@@ -45,20 +162,12 @@ def save_head_model(
         "use_cache": False,
         **spec.config,
     }
+
+
+def _stored_name(name: str, spec: HeadSpec) -> str:
+    """What a parameter is called in the file."""
+    if name.startswith(f"{spec.module}."):
+        return name
     # What transformers calls the trunk in its classes for span extraction.
     trunk = "transformer." if spec.architecture == "ForQuestionAnswering" else "model."
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith(f"{spec.module}."):
-            stored = name
-        elif name == "output.weight":
-            continue
-        else:
-            stored = trunk + to_hf(name).removeprefix("model.")
-        tensors[stored] = parameter.detach().to("cpu", dtype).contiguous()
-    with atomic_path(directory) as fresh:
-        fresh.mkdir()
-        save_file(tensors, fresh / SINGLE_FILE, metadata={"format": "pt"})
-        write_json(fresh / CONFIG_FILE, values)
-        write_tokenizer(tokenizer, fresh)
-        manifest.write(fresh)
+    return trunk + to_hf(name).removeprefix("model.")

@@ -3,24 +3,29 @@
 Shapes: B windows, T tokens.
 """
 
-import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.batches.packing import IGNORE, PADDING
-from puna.batches.tables import text_lines
-from puna.finetune.tasks.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
-from puna.runtime.errors import InputError
+from puna.batches.packing import PADDING
+from puna.finetune.regularize.agreement import symmetric_divergence
+from puna.finetune.tasks.squad import read_squad
+from puna.finetune.tasks.task import (
+    Attention,
+    ExampleBatch,
+    HeadSpec,
+    OpenTask,
+    Task,
+    TaskData,
+    read_both,
+)
+from puna.finetune.tasks.windows import best_answers, windows
 from puna.tokenizer.base import Tokenizer
 
 
@@ -48,47 +53,22 @@ class Spans(Task):
         return OpenSpans(self, data, tokenizer, max_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question about a text."""
-
-    where: str
-    """File and id, for errors."""
-    text: str
-    """The question."""
-    context: str
-    """The text."""
-    answers: list[tuple[int, str]]
-    """(first character in the context, answer); none where the text does not answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """A stretch of a text behind its question."""
-
-    question: int
-    first: int
-    """Where in the window the text begins, in tokens."""
-    edges: list[int]
-    """Where in the text's UTF-8 bytes each token begins, and behind them where the last ends."""
-
-
 class OpenSpans(OpenTask):
-    """See `OpenTask`. Where a window holds no answer, the head should point at BOS."""
+    """See `OpenTask`. Where a window holds no answer, the head should point at BOS; an answer is empty only where the
+    training data has such."""
 
     metrics = ("validation/exact_match", "validation/f1")
-    head = HeadSpec("ForQuestionAnswering", "qa_outputs", True, ("start", "end"), {})
 
     def __init__(self, task: Spans, data: TaskData, tokenizer: Tokenizer, max_tokens: int) -> None:
         self.task, self.attention = task, task.attention
-        if tokenizer.eos_id is None:
-            raise InputError("This tokenizer has no EOS token, which stands between question and text.")
-        questions = list(read_squad(data.train))
-        self.train = [example for example, _ in self._windows(questions, tokenizer, max_tokens)]
-        self.questions = list(read_squad(data.held_out)) if data.held_out else []
-        held_out = list(self._windows(self.questions, tokenizer, max_tokens))
+        questions, self.questions = read_both(data, lambda path: list(read_squad(path)))
+        self.train = [example for example, _ in windows(questions, tokenizer, max_tokens, task.overlap)]
+        held_out = list(windows(self.questions, tokenizer, max_tokens, task.overlap))
         self.held_out = [example for example, _ in held_out]
         self.windows = [window for _, window in held_out]
+        self.may_be_none = not all(question.answers for question in questions)
+        config = {"puna_may_be_none": self.may_be_none}
+        self.head = HeadSpec("ForQuestionAnswering", "qa_outputs", True, ("start", "end"), config)
 
     def loss(self, logits_BTC: Tensor, batch: ExampleBatch) -> Tensor:
         """Mean of the cross-entropies of the answer's first and last token (arXiv:1810.04805, section 4.2)."""
@@ -96,9 +76,18 @@ class OpenSpans(OpenTask):
         wanted_BC = batch.targets_BC.long()
         return F.cross_entropy(logits_BTC, wanted_BC, reduction="sum") / 2
 
+    def divergence(self, logits_BTC: Tensor, batch: ExampleBatch) -> Tensor:
+        """See `OpenTask.divergence`: mean over the distributions of the first and of the last token."""
+        # Finite, because 0 times infinity is no number.
+        logits_BTC = logits_BTC.masked_fill((batch.documents_BT == PADDING)[:, :, None], -1e9)
+        first_BTC, second_BTC = logits_BTC.log_softmax(1).chunk(2)
+        return symmetric_divergence(first_BTC, second_BTC) / 2
+
     def measure(self, logits: Sequence[Tensor]) -> tuple[dict[str, float], str]:
         """Exact match and F1 as SQuAD counts them (arXiv:1606.05250, section 6.1)."""
-        given = self.answers(logits)
+        given = best_answers(
+            self.questions, self.windows, logits, self.task.max_answer_tokens, may_be_none=self.may_be_none
+        )
         pairs = [
             (answer, [text for _, text in question.answers] or [""])
             for answer, question in zip(given, self.questions, strict=True)
@@ -108,105 +97,6 @@ class OpenSpans(OpenTask):
         values = sum(exact) / len(exact), sum(f1) / len(f1)
         report = f"{len(pairs):,} questions: exact match {values[0]:.3f}, F1 {values[1]:.3f}"
         return dict(zip(self.metrics, values, strict=True)), report
-
-    def answers(self, logits: Sequence[Tensor]) -> list[str]:
-        """The answer to each held-out question, from the logits of all windows; empty where BOS is likelier, if the
-        data has questions without answers."""
-        best = [(float("-inf"), "")] * len(self.questions)
-        none = [float("inf")] * len(self.questions)
-        for logits_TC, window in zip(logits, self.windows, strict=True):
-            score, start, stop = self._best_span(logits_TC[window.first :])
-            none[window.question] = min(none[window.question], float(logits_TC[0].sum()))
-            if score > best[window.question][0]:
-                text = self.questions[window.question].context.encode()
-                found = text[window.edges[start] : window.edges[stop]].decode(errors="ignore").strip()
-                best[window.question] = (score, found)
-        if all(question.answers for question in self.questions):
-            return [text for _, text in best]
-        return ["" if null > score else text for (score, text), null in zip(best, none, strict=True)]
-
-    def _best_span(self, logits_TC: Tensor) -> tuple[float, int, int]:
-        """(score, first token, token behind the last) of the likeliest answer in a window's text."""
-        scores_TT = logits_TC[:, None, 0] + logits_TC[None, :, 1]
-        allowed_TT = torch.ones_like(scores_TT, dtype=torch.bool).triu().tril(self.task.max_answer_tokens - 1)
-        scores_TT = scores_TT.masked_fill(~allowed_TT, float("-inf"))
-        start, last = divmod(int(scores_TT.argmax()), len(logits_TC))
-        return float(scores_TT[start, last]), start, last + 1
-
-    def _windows(
-        self, questions: Sequence[Question], tokenizer: Tokenizer, limit: int
-    ) -> Iterator[tuple[Example, _Window]]:
-        """BOS, question, EOS and a window of the text."""
-        assert tokenizer.bos_id is not None
-        assert tokenizer.eos_id is not None
-        for number, question in enumerate(questions):
-            asked = [tokenizer.bos_id, *tokenizer.encode(question.text), tokenizer.eos_id]
-            size = limit - len(asked)
-            if size <= self.task.overlap:
-                raise InputError(
-                    f"{question.where}: the question has {len(asked) - 2} tokens, so that only {size} of "
-                    f"train.row_length ({limit}) are left for the text; task.overlap is {self.task.overlap}."
-                )
-            text = tokenizer.encode(question.context, continuation=True)
-            pieces = [tokenizer.token_bytes(piece) for piece in text]
-            if b"".join(pieces) != question.context.encode():
-                raise InputError(f"{question.where}: the tokenizer changes the text, so places in it cannot be found.")
-            edges = [0, *accumulate(map(len, pieces))]
-            span = _token_span(question, edges)
-            for begin in range(0, max(1, len(text) - self.task.overlap), size - self.task.overlap):
-                stop = min(begin + size, len(text))
-                inside = span is not None and begin <= span[0] and span[1] < stop
-                shift = len(asked) - begin
-                targets = (0.0, 0.0) if span is None or not inside else (float(span[0] + shift), float(span[1] + shift))
-                ids = asked + text[begin:stop]
-                labels = [0] + [IGNORE] * (len(ids) - 1)
-                yield Example(ids, labels, targets), _Window(number, len(asked), edges[begin : stop + 1])
-
-
-def _token_span(question: Question, edges: Sequence[int]) -> tuple[int, int] | None:
-    """The first and the last token of the first answer; None where there is none."""
-    if not question.answers:
-        return None
-    begin, answer = question.answers[0]
-    first_byte = len(question.context[:begin].encode())
-    last_byte = first_byte + len(answer.encode()) - 1
-    first = max(token for token, edge in enumerate(edges) if edge <= first_byte)
-    return first, max(token for token, edge in enumerate(edges) if edge <= last_byte)
-
-
-def read_squad(path: Path) -> Iterator[Question]:
-    """The questions of a file in the form of SQuAD.
-
-    Raises:
-        InputError: another form; no question; or an answer does not stand where it should, with the question's id.
-    """
-    text = "".join(line for _, line in text_lines(path))
-    try:
-        articles = json.loads(text)["data"]
-        count = 0
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    count += 1
-                    yield _question(path, paragraph["context"], asked)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not in the form of SQuAD (data, paragraphs, qas, answers): {error!r}.") from error
-    if not count:
-        raise InputError(f"{path} holds no question.")
-
-
-def _question(path: Path, context: str, asked: dict[str, Any]) -> Question:
-    where = f"{path}, question {asked['id']}"
-    if not context.strip():
-        raise InputError(f"{where}: the text is empty.")
-    answers = [] if asked.get("is_impossible") else [(a["answer_start"], a["text"]) for a in asked["answers"]]
-    for begin, answer in answers:
-        found = context[begin : begin + len(answer)]
-        if not answer or found != answer:
-            raise InputError(
-                f"{where}: the answer is {answer!r}, but at answer_start ({begin}) the text has {found!r}."
-            )
-    return Question(where, asked["question"], context, answers)
 
 
 def _words(text: str) -> list[str]:

@@ -4,6 +4,7 @@ Shapes: B examples, T tokens, C tags.
 """
 
 import importlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.batches.packing import IGNORE
-from puna.finetune.tasks.tags import Scheme, Sentence, detect_scheme, entities, read_sentences, to_tags
-from puna.finetune.tasks.task import Attention, Example, ExampleBatch, HeadSpec, OpenTask, Task, TaskData
+from puna.batches.tables import Row
+from puna.finetune.tasks.entity_spans import from_spans
+from puna.finetune.tasks.tags import (
+    Scheme,
+    Sentence,
+    detect_scheme,
+    entities,
+    from_lists,
+    read_sentences,
+    to_tags,
+)
+from puna.finetune.tasks.task import (
+    Attention,
+    Example,
+    ExampleBatch,
+    HeadSpec,
+    OpenTask,
+    Task,
+    TaskData,
+    read_both,
+)
 from puna.runtime.errors import InputError
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
@@ -23,7 +43,8 @@ from puna.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class Tagging(Task):
-    """Tag words, such as those of named entities: CoNLL files, or tables with lists of words and tags."""
+    """Tag words, such as those of named entities: CoNLL files, or tables with lists of words and tags, or with texts
+    and the places of entities (doccano, CLUENER)."""
 
     kind: Literal["tagging"] = "tagging"
     """This task's name."""
@@ -32,15 +53,51 @@ class Tagging(Task):
     learned_scheme: Literal["BIO2", "BIOES"] = "BIO2"
     """How the head does."""
     words: str = "tokens"
-    """The column with the words, in tables."""
+    """The column with the words, or with the text, in tables."""
     tags: str = "tags"
-    """The column with the tags, in tables."""
+    """The column with the tags, or with the places of entities, in tables."""
     separator: str = " "
-    """What stands between words; empty for Chinese characters."""
+    """What stands between words; empty for Chinese characters, of which each is a word."""
+    word_ending: str = ""
+    """A regular expression of what stands at the ends of words in the files and does not belong to them, such as [0-9]
+    in Weibo NER."""
+    overlapping: Literal["refuse", "longest"] = "refuse"
+    """Of entities given by their places that go over each other: refuse the file, or keep the longest."""
     labelled_piece: Literal["first", "last"] = "last"
     """The piece of a word that is tagged; under causal attention only the last has seen the whole word."""
     attention: Attention = "bidirectional"
     """Whether a token of the trunk sees everything, or only what is before it, as it was pretrained (`causal`)."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.word_ending)
+        except re.error as error:
+            raise ValueError(
+                f"word_ending is {self.word_ending!r}, which is no regular expression: {error}."
+            ) from error
+
+    def read(self, path: Path) -> list[Sentence]:
+        """The sentences of a file, with the tags that it has.
+
+        Raises:
+            InputError: see `read_sentences`.
+        """
+        sentences = read_sentences(path, self._from_row)
+        return [
+            Sentence([self._without_ending(word) for word in each.words], each.tags, each.places) for each in sentences
+        ]
+
+    def _without_ending(self, word: str) -> str:
+        """A word without its ending, unless that is all there is."""
+        return (self.word_ending and re.sub(f"(?:{self.word_ending})$", "", word)) or word
+
+    def _from_row(self, row: Row) -> Sentence:
+        text = row.values.get(self.words)
+        if isinstance(text, str) and self.tags in row.values:
+            return from_spans(
+                row, text, row.values[self.tags], characters=not self.separator, overlapping=self.overlapping
+            )
+        return from_lists(row, self.words, self.tags)
 
     def open(self, data: TaskData, tokenizer: Tokenizer, max_tokens: int) -> "OpenTagging":
         """See `Task.open`."""
@@ -54,8 +111,7 @@ class OpenTagging(OpenTask):
 
     def __init__(self, task: Tagging, data: TaskData, tokenizer: Tokenizer, max_tokens: int) -> None:
         self.task, self.attention = task, task.attention
-        train = _read(task, data.train)
-        held_out = _read(task, data.held_out) if data.held_out else []
+        train, held_out = read_both(data, lambda path: _read(task, path))
         types = sorted({tag[2:] for sentence in train for tag in sentence.tags if tag != "O"})
         if not types:
             raise InputError(f"Every word in {data.train} is tagged O: there is no entity to learn.")
@@ -105,23 +161,37 @@ class OpenTagging(OpenTask):
         return [Example(example.ids[:limit], example.labels[:limit]) for example in examples]
 
     def _example(self, sentence: Sentence, tokenizer: Tokenizer, numbers: dict[str, int]) -> Example:
-        """BOS and the pieces of each word; words are encoded one by one, so that every piece belongs to one word."""
-        assert tokenizer.bos_id is not None
-        ids, labels = [tokenizer.bos_id], [IGNORE]
-        for at, (word, tag) in enumerate(zip(sentence.words, sentence.tags, strict=True)):
-            pieces = tokenizer.encode(self.task.separator + word if at else word, continuation=at > 0)
-            if not pieces:
-                raise InputError(f"{sentence.places[at]}: the tokenizer makes nothing of the word {word!r}.")
-            marked = [IGNORE] * len(pieces)
-            marked[0 if self.task.labelled_piece == "first" else -1] = numbers[tag]
-            ids += pieces
-            labels += marked
+        ids, positions = word_pieces(self.task, sentence.words, sentence.places, tokenizer)
+        labels = [IGNORE] * len(ids)
+        for position, tag in zip(positions, sentence.tags, strict=True):
+            labels[position] = numbers[tag]
         return Example(ids, labels)
+
+
+def word_pieces(
+    task: Tagging, words: Sequence[str], places: Sequence[str], tokenizer: Tokenizer
+) -> tuple[list[int], list[int]]:
+    """BOS and the pieces of each word, and the position of the piece of each word that is tagged.
+
+    Words are encoded one by one, so that every piece belongs to one word.
+
+    Raises:
+        InputError: a word has no piece; names its place.
+    """
+    assert tokenizer.bos_id is not None
+    ids, positions = [tokenizer.bos_id], []
+    for at, (word, place) in enumerate(zip(words, places, strict=True)):
+        pieces = tokenizer.encode(task.separator + word if at else word, continuation=at > 0)
+        if not pieces:
+            raise InputError(f"{place}: the tokenizer makes nothing of the word {word!r}.")
+        positions.append(len(ids) if task.labelled_piece == "first" else len(ids) + len(pieces) - 1)
+        ids += pieces
+    return ids, positions
 
 
 def _read(task: Tagging, path: Path) -> list[Sentence]:
     """Sentences with their tags in the scheme that is learnt."""
-    sentences = read_sentences(path, task.words, task.tags)
+    sentences = task.read(path)
     scheme: Scheme = detect_scheme(sentences) if task.scheme == "detect" else task.scheme
     return [
         Sentence(each.words, to_tags(entities(each, scheme), len(each.words), task.learned_scheme), each.places)

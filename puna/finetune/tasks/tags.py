@@ -6,7 +6,7 @@ BIOES   B-X, I-X, E-X for begin, middle, end; S-X for an entity of one word (BIL
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,27 +41,28 @@ class Entity:
     type: str
 
 
-def read_sentences(path: Path, words: str, tags: str) -> list[Sentence]:
-    """Sentences of a file in CoNLL format (a word a line, its tag last, empty lines between sentences), or of a table
-    with two lists in each row.
+def read_sentences(path: Path, from_row: Callable[[Row], Sentence]) -> list[Sentence]:
+    """Sentences of a file in CoNLL format (a word a line, its tag last, empty lines between sentences), or of a table.
 
     Args:
-        words, tags: the columns of a table.
+        from_row: the sentence in a row of a table.
 
     Raises:
         InputError: a line that is broken, with its number; or there is no sentence.
     """
     suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-    if suffix in _TABLES:
-        sentences = [_from_row(row, words, tags) for row in read_table(path)]
-    else:
-        sentences = list(_from_conll(path))
+    sentences = list(map(_checked, map(from_row, read_table(path))) if suffix in _TABLES else _from_conll(path))
     if not sentences:
         raise InputError(f"{path} holds no sentence.")
     return sentences
 
 
-def _from_row(row: Row, words_column: str, tags_column: str) -> Sentence:
+def from_lists(row: Row, words_column: str, tags_column: str) -> Sentence:
+    """The sentence in a row with a list of words and a list of tags.
+
+    Raises:
+        InputError: the row has no such lists, or they differ in length.
+    """
     words, tags = row.values.get(words_column), row.values.get(tags_column)
     for column, value in ((words_column, words), (tags_column, tags)):
         if not isinstance(value, list) or not value or not all(isinstance(part, str) for part in value):
@@ -73,7 +74,7 @@ def _from_row(row: Row, words_column: str, tags_column: str) -> Sentence:
     if len(words) != len(tags):
         raise InputError(f"{row.where} has {len(words)} words, but {len(tags)} tags.")
     places = [f"{row.where}, word {number}" for number in range(1, len(words) + 1)]
-    return _checked(Sentence(words, tags, places))
+    return Sentence(words, tags, places)
 
 
 def _from_conll(path: Path) -> Iterator[Sentence]:

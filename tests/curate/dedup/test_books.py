@@ -18,7 +18,7 @@ def naive(books: list[list[str]], length: int, max_overlap: float) -> list[int]:
     return sorted(set(range(len(books))) - set(kept))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=12), min_size=1, max_size=6), st.integers(1, 3))
 def test_agrees_with_comparing_all_pairs(documents, run_global, books, batch_rows) -> None:
     step = BookDuplicates(max_overlap=0.6, shingle_words=2, sample=1)

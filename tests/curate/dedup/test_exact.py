@@ -42,7 +42,7 @@ def test_differences_that_do_not_count(documents, run_global, ignore, left, righ
     assert len(result.kept) == (1 if equal else 2)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.sampled_from(["a", "b", "A", "ä", "", "a b"]), max_size=12), st.integers(1, 5))
 def test_any_sharding_decides_as_a_set_does(documents, run_global, texts, batch_rows) -> None:
     seen: set[str] = set()

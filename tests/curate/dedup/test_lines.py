@@ -29,7 +29,7 @@ def naive(texts: list[str], max_copies: int, keep: str, bucket: int) -> list[str
     return out
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(
         st.lists(st.sampled_from(["a", "b", "c", "", "é x"]), min_size=1, max_size=5).map("\n".join),

@@ -27,7 +27,7 @@ def naive(texts: list[list[str]], length: int) -> list[list[str]]:
     return [[word for at, word in enumerate(text) if (d, at) not in removed] for d, text in enumerate(texts)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(st.lists(st.sampled_from("abc"), max_size=14), min_size=1, max_size=5),
     st.integers(1, 4),

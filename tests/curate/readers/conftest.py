@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 PROGRAM = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
 from puna.curate.document import Document
 from puna.curate.readers.arxiv import ArxivReader
@@ -24,19 +24,25 @@ from puna.curate.readers.rows import CsvReader, JsonlReader, ParquetReader
 from puna.curate.readers.stackexchange import StackExchangeReader
 from puna.curate.readers.web import WarcReader, WetReader
 import pyarrow.parquet, fastwarc, resiliparse.extract.html2text, duckdb
-reader = eval(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, start = peak(), time.process_time()
-documents, rejected = [], []
-for unit in reader.units():
-    for read in reader.read(unit):
-        (documents if isinstance(read, Document) else rejected).append(read)
-print(json.dumps({
-    "ids": [read.id for read in documents],
-    "reasons": [read.reason for read in rejected],
-    "seconds": time.process_time() - start,
-    "megabytes": peak() - before,
-}))
+for line in sys.stdin:
+    if os.fork():
+        if os.wait()[1]:
+            print("null", flush=True)
+        continue
+    reader = eval(line)
+    before, start = peak(), time.process_time()
+    documents, rejected = [], []
+    for unit in reader.units():
+        for read in reader.read(unit):
+            (documents if isinstance(read, Document) else rejected).append(read)
+    print(json.dumps({
+        "ids": [read.id for read in documents],
+        "reasons": [read.reason for read in rejected],
+        "seconds": time.process_time() - start,
+        "megabytes": peak() - before,
+    }), flush=True)
+    os._exit(0)
 """
 
 
@@ -50,16 +56,20 @@ class Cost:
     megabytes: float
 
 
-@pytest.fixture
-def cost_of() -> Callable[[str], Cost]:
-    """Reads all that a reader, given as Python, gives, in a process of its own."""
+@pytest.fixture(scope="session")
+def cost_of() -> Iterator[Callable[[str], Cost]]:
+    """Reads all that a reader, given as Python, gives, in a process of its own: a fork of one that has the imports."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
 
-    def measure(reader: str) -> Cost:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, reader], capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        values: dict[str, Any] = json.loads(done.stdout)
-        return Cost(**values)
+        def measure(reader: str) -> Cost:
+            print(reader, file=server.stdin, flush=True)
+            values: dict[str, Any] | None = json.loads(server.stdout.readline())
+            assert values is not None, "the reader failed; its traceback is among what was captured"
+            return Cost(**values)
 
-    return measure
+        yield measure
+        server.stdin.close()

@@ -1,8 +1,8 @@
 """Readers and steps that misbehave on request; on `sys.path` of the tests and of the processes that they start."""
 
+import ctypes
 import errno
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def misbehave(text: str) -> None:
     if "KILL" in text:
         os.kill(os.getpid(), signal.SIGKILL)
     if "HANG" in text:
-        re.match(r"(a+)+$", "a" * 60 + "b")  # longer than anyone waits, in C, never letting go of the interpreter
+        ctypes.PyDLL(None).sleep(10_000)  # in C, never letting go of the interpreter
     if "FULL" in text:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
     if "RAISE" in text:

@@ -1,0 +1,1 @@
+"""More examples out of those that there are."""

@@ -1,0 +1,1 @@
+"""Tasks whose answer is a text: translation, summaries, dialogue, code, text with wanted properties."""

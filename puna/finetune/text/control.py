@@ -1,0 +1,85 @@
+"""Texts with wanted properties: control tokens before the text say what it shall be like."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from puna.batches.tables import Row
+from puna.finetune.text.scores import Unit
+from puna.finetune.text.task import TextExample, TextTask, cell
+from puna.runtime.errors import InputError
+
+OBEDIENCE = "validation/obedience"
+
+
+@dataclass(frozen=True)
+class Control(TextTask):
+    """Write texts that obey a control column, such as a sentiment or a length, written before them (CTRL, Keskar et al.
+    2019, arXiv:1909.05858, section 3)."""
+
+    scored = (OBEDIENCE,)
+
+    kind: Literal["control"] = "control"
+    """This task's name."""
+    control: str = "label"
+    """The column with the property that the text has."""
+    prompt: str = "<{label}>\n{opening}"
+    """What the model is given: text with {column} for the content of a column, {opening} for the first words. The
+    control column and what stands around it make the control token: one token where `puna extend` has put "<positive>"
+    and its like into the vocabulary, and several otherwise."""
+    target: str = "text"
+    """The column with the text."""
+    opening: int = 0
+    """How many words of the text are given in {opening}, so that not all prompts of a property are the same."""
+    unit: Unit = "words"
+    """What `opening` counts; characters for Chinese and its like."""
+    rules: dict[str, str] = field(default_factory=dict)
+    """Property -> regular expression that is found in the texts that have it. Measures how many answers obey."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.opening < 0:
+            raise ValueError(f"opening is {self.opening}; it cannot be negative.")
+        wanted = {self.control, "opening"} if self.opening else {self.control}
+        if missing := sorted(wanted - {*self.prompt_columns()}):
+            raise ValueError(f"The prompt {self.prompt!r} has no {{{missing[0]}}}, so the text cannot depend on it.")
+        for name, rule in self.rules.items():
+            try:
+                re.compile(rule)
+            except re.error as error:
+                raise ValueError(f"The rule of {name!r}, {rule!r}, is no regular expression: {error}.") from error
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """See `TextTask.metrics`; obedience where there are rules."""
+        return super().metrics if self.rules else super().metrics[:-1]
+
+    def file_columns(self) -> list[str]:
+        """See `TextTask.file_columns`."""
+        return [name for name in (*super().file_columns(), self.control) if name != "opening"]
+
+    def expand(self, row: Row) -> Iterator[dict[str, str]]:
+        """See `TextTask.expand`. The target is what is behind the opening."""
+        values = {name: cell(row, name) for name in dict.fromkeys(self.file_columns())}
+        if self.rules and values[self.control] not in self.rules:
+            known = ", ".join(self.rules)
+            raise InputError(f"{row.where}: task.rules has no rule for {values[self.control]!r}; it has {known}.")
+        text = values[self.target]
+        if self.unit == "words":
+            starts = [word.start() for word in re.finditer(r"\S+", text)]
+            cut = starts[min(self.opening, len(starts) - 1)] if self.opening else 0
+            cut = len(text[:cut].rstrip())
+        else:
+            cut = min(self.opening, len(text) - 1)
+        yield {**values, "opening": text[:cut], self.target: text[cut:]}
+
+    def scores(self, examples: Sequence[TextExample], answers: Sequence[str]) -> dict[str, float]:
+        """The share of texts, their openings included, that obey."""
+        if not self.rules:
+            return {}
+        obeying = [
+            re.search(self.rules[example.values[self.control]], example.values["opening"] + answer) is not None
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+        return {OBEDIENCE: sum(obeying) / len(obeying)}

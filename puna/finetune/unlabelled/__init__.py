@@ -1,0 +1,1 @@
+"""Texts without labels: those that a model labels itself and learns from, and those that a person should label."""

@@ -1,0 +1,114 @@
+"""`puna active`: choose the texts that are most worth labelling next."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna.batches.tables import read_table
+from puna.finetune.tasks.head_files import load_head_model
+from puna.finetune.unlabelled.choose import Diversity, Uncertainty, choose, uncertainty
+from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_task
+from puna.runtime.devices import DeviceName, open_device
+from puna.runtime.errors import InputError
+from puna.runtime.files import atomic_path
+from puna.runtime.progress import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveConfig:
+    """Choose, of texts without labels, those that a classification would learn most from, and write them to label."""
+
+    model: Path
+    """Model directory that `puna finetune` made for a classification with one class for each text."""
+    data: Path
+    """A table with the columns that it was trained on; rows that have a label already are left out."""
+    output: Path
+    """A .csv file to write: the chosen rows with an empty column for the label, which `data.train` of `puna finetune`
+    takes when it is filled in, and what the model says of them."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a .csv or .tsv file that has no header."""
+    labelled: Path | None = None
+    """What is labelled already, in a file of its own: with `k_centre`, nothing like it is chosen."""
+    count: int = 50
+    """How many to choose."""
+    uncertainty: Uncertainty = "margin"
+    """Prefer what the model is unsure of: `least_confidence` by the likeliest class, `margin` by the two likeliest,
+    `entropy` by all."""
+    diversity: Diversity = "k_means"
+    """Avoid choosing texts that are alike, by the hidden states that the head reads: one of each of `count` clusters
+    (`k_means`); those that leave no text far from a labelled one (`k_centre`); or not at all (`none`)."""
+    candidates: int = 10
+    """With diversity: choose among this many times `count` texts, those that the model is least sure of."""
+    device: DeviceName = "auto"
+    """"auto" takes a GPU where there is one."""
+    seed: int = 0
+    """Of the clusters."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.candidates < 1:
+            raise ValueError("count and candidates have to be at least 1.")
+        if self.output.suffix != ".csv":
+            raise ValueError(f"output is {self.output}; it has to end in .csv.")
+        if self.labelled is not None and self.diversity != "k_centre":
+            raise ValueError('labelled is for diversity = "k_centre".')
+
+
+def main(config: ActiveConfig) -> None:
+    """Read the texts by the model, choose, and write.
+
+    Raises:
+        InputError: the model is no such classification, or there is no text without a label.
+    """
+    task, max_tokens = trained_task(config.model)
+    rows = read_unlabelled(config.data, config.columns, task)
+    head = load_head_model(config.model, dtype=torch.float32)
+    head.model.to(open_device(config.device))
+    found = predict_rows(head, task, rows, max_tokens)
+    labelled_MD = torch.empty(0, head.model.config.dim)
+    if config.labelled is not None:
+        known = list(read_table(config.labelled, config.columns))
+        labelled_MD = predict_rows(head, task, known, max_tokens).states_ND
+    chosen = choose(
+        found.probabilities_NC,
+        found.states_ND,
+        config.count,
+        by=config.uncertainty,
+        diversity=config.diversity,
+        candidates=config.candidates,
+        labelled_MD=labelled_MD,
+        seed=config.seed,
+    )
+    unsure_N = uncertainty(found.probabilities_NC, config.uncertainty)
+    lines: list[dict[str, Any]] = []
+    for number in chosen:
+        row, p_C = found.rows[number], found.probabilities_NC[number]
+        likeliest = int(p_C.argmax())
+        lines.append(
+            {
+                **row.values,
+                task.label: "",
+                "predicted": head.spec.labels[likeliest],
+                "confidence": f"{p_C[likeliest]:.4f}",
+                config.uncertainty: f"{unsure_N[number]:.4f}",
+                "from": row.where,
+            }
+        )
+    _write_csv(config.output, lines, task.label)
+    mean, chosen_mean = unsure_N.mean(), unsure_N[chosen].mean()
+    say(
+        f"{len(lines):,} of {len(rows):,} texts to label; {config.uncertainty} {chosen_mean:.3f} on average, "
+        f"{mean:.3f} of all texts. Fill in the column {task.label!r} of {config.output}."
+    )
+
+
+def _write_csv(path: Path, lines: list[dict[str, Any]], label: str) -> None:
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    if odd := [name for line in lines for name, value in line.items() if isinstance(value, list | dict)]:
+        raise InputError(f"The column {odd[0]!r} has lists, which a .csv file cannot hold; leave it out of the data.")
+    with atomic_path(path) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
