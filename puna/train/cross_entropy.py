@@ -61,10 +61,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         targets = (labels_N != ignore).nonzero().squeeze(1)
         weight = weight_VD.to(h_ND.dtype)
-        grad_h_ND = torch.zeros_like(h_ND) if needs_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD) if needs_grad else None
+        wants_h, wants_weight = (needs_grad and wanted for wanted in ctx.needs_input_grad[:2])
+        grad_h_ND = torch.zeros_like(h_ND) if wants_h else None
+        grad_weight_VD = torch.zeros_like(weight_VD) if wants_weight else None
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        rows = max(1, _SLICE_BYTES // (4 * weight.shape[0]))
+        rows = _slice_rows(weight)
         # One buffer, reused in place by every slice: fresh memory costs more than the arithmetic on it.
         product = h_ND.new_empty(min(rows, len(targets)), weight.shape[0])
         for chosen in torch.split(targets, rows):
@@ -78,19 +79,87 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # The gradient of the square is 2 log_sum softmax; error is softmax - onehot.
                 factor = (2 * z_loss * log_sum)[:, None]
                 error.mul_(1 + factor).scatter_add_(1, labels[:, None], factor)
-            if grad_h_ND is not None and grad_weight_VD is not None:
-                error = error.to(h.dtype)
+            error = error.to(h.dtype)
+            if grad_h_ND is not None:
                 grad_h_ND[chosen] = error @ weight
-                if error.dtype == grad_weight_VD.dtype:
-                    grad_weight_VD.addmm_(error.T, h)
-                else:
-                    grad_weight_VD += error.T @ h
-        if needs_grad:
-            ctx.save_for_backward(grad_h_ND, grad_weight_VD)
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, error.T, h)
+        ctx.save_for_backward(grad_h_ND, grad_weight_VD)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         (grad,) = grads
-        return (grad_h_ND * grad).to(grad_h_ND.dtype), grad_weight_VD * grad, None, None, None, None
+        return (
+            None if grad_h_ND is None else (grad_h_ND * grad).to(grad_h_ND.dtype),
+            None if grad_weight_VD is None else grad_weight_VD * grad,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_logprobs(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int) -> Tensor:
+    """log softmax(h W^T)[label] of each token, float32 [N]; 0 where the label is `ignore`.
+
+    For losses that weigh tokens by what the whole text turns out to be: a slice's logits are computed again in the
+    backward pass, when the weights are known. Dtypes as in `linear_cross_entropy`.
+    """
+    logprobs_N: Tensor = _LinearLogprobs.apply(h_ND, weight_VD, labels_N, ignore)  # type: ignore[no-untyped-call]
+    return logprobs_N
+
+
+def naive_linear_logprobs(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int) -> Tensor:
+    """The readable twin of `linear_logprobs`."""
+    logprobs_NV = F.linear(h_ND, weight_VD.to(h_ND.dtype)).float().log_softmax(-1)
+    chosen_N = logprobs_NV.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1)
+    return chosen_N.masked_fill(labels_N == ignore, 0.0)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore: int) -> Tensor:
+        targets = (labels_N != ignore).nonzero().squeeze(1)
+        weight = weight_VD.to(h_ND.dtype)
+        logprobs_N = torch.zeros(len(h_ND), dtype=torch.float32, device=h_ND.device)
+        log_sum_N = torch.zeros_like(logprobs_N)
+        for chosen in torch.split(targets, _slice_rows(weight)):
+            logits = (h_ND[chosen] @ weight.T).float()
+            log_sum_N[chosen] = logits.logsumexp(-1)
+            logprobs_N[chosen] = logits.gather(1, labels_N[chosen, None]).squeeze(1) - log_sum_N[chosen]
+        ctx.save_for_backward(h_ND, weight_VD, labels_N, targets, log_sum_N)
+        return logprobs_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h_ND, weight_VD, labels_N, targets, log_sum_N = ctx.saved_tensors
+        (grad_N,) = grads
+        weight = weight_VD.to(h_ND.dtype)
+        wants_h, wants_weight = ctx.needs_input_grad[:2]
+        grad_h_ND = torch.zeros_like(h_ND) if wants_h else None
+        grad_weight_VD = torch.zeros_like(weight_VD) if wants_weight else None
+        for chosen in torch.split(targets, _slice_rows(weight)):
+            h, grad = h_ND[chosen], grad_N[chosen, None]
+            # The gradient is onehot(label) - softmax(logits), times what comes from above.
+            error = ((h @ weight.T).float() - log_sum_N[chosen, None]).exp_().mul_(-grad)
+            error = error.scatter_add_(1, labels_N[chosen, None], grad).to(h.dtype)
+            if grad_h_ND is not None:
+                grad_h_ND[chosen] = error @ weight
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, error.T, h)
+        return grad_h_ND, grad_weight_VD, None, None
+
+
+def _slice_rows(weight_VD: Tensor) -> int:
+    """Tokens whose float32 logits make a slice."""
+    return max(1, _SLICE_BYTES // (4 * len(weight_VD)))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in one go where the dtypes are the same."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
