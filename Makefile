@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ENV := .venv
 BIN := $(ENV)/bin
+# Processes that run tests side by side; each takes about 2 GB of memory.
+WORKERS ?= 2
 
 .PHONY: quickstart test test-all format docs clean
 
@@ -11,11 +13,11 @@ quickstart: $(ENV)/.quickstart-ready
 test: $(ENV)/.dev-ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n $(WORKERS) -m "not slow and not gpu"
 
-# With the tests that take longer than a minute.
-test-all: $(ENV)/.dev-ready
-	$(BIN)/pytest
+# And those that take longer than a minute: one at a time, for many start processes of their own.
+test-all: test
+	$(BIN)/pytest -m "slow or gpu"
 
 format: $(ENV)/.dev-ready
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

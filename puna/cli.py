@@ -66,7 +66,7 @@ def _add_stage(name: str) -> None:
 
 
 for _name in STAGES:
-    if _name != "convert":
+    if _name not in ("convert", "predict"):
         _add_stage(_name)
 
 
@@ -79,6 +79,20 @@ def convert(
 ) -> None:
     settings = [_setting("source", source), _setting("destination", str(destination)), _setting("to", to)]
     _run_stage("convert", None, [*settings, *(set_ or [])])
+
+
+@app.command(help=STAGES["predict"].help + "\n\n`puna config predict` prints every setting.")
+def predict(
+    model: Annotated[str, typer.Argument(help="A directory with a head: model/ or adapter/ of `puna finetune`.")],
+    data: Annotated[
+        Path, typer.Argument(help="Texts: the task's own form, with or without labels; or .txt, one a line.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="JSON Lines to write; printed where absent.")] = None,
+    set_: Settings = None,
+) -> None:
+    settings = [_setting("model", model), _setting("data", str(data))]
+    settings += [] if output is None else [_setting("output", str(output))]
+    _run_stage("predict", None, [*settings, *(set_ or [])])
 
 
 @app.command()

@@ -79,12 +79,15 @@ class EpochRows(Rows, Protocol):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Tokens [start, stop) of a document."""
 
     document: int
+    """Its number in the shards."""
     start: int
+    """First token."""
     stop: int
+    """After the last token."""
 
 
 class _Cut:
@@ -97,12 +100,12 @@ class _Cut:
         self.num_rows = int(self.starts[-1]) // row_length
         self.row_order = generator.permutation(self.num_rows)
 
-    def pieces(self, row: int) -> list[_Piece]:
+    def pieces(self, row: int) -> list[Piece]:
         start = int(self.row_order[row]) * self.row_length
         stop = start + self.row_length
         first, last = np.searchsorted(self.starts, (start, stop - 1), side="right") - 1
         return [
-            _Piece(
+            Piece(
                 int(self.order[n]),
                 max(start - int(self.starts[n]), 0),
                 int(min(stop, self.starts[n + 1]) - self.starts[n]),
@@ -122,8 +125,8 @@ class _Whole:
         self.rows = [[int(longest_first[item]) for item in rows[n]] for n in generator.permutation(len(rows))]
         self.num_rows = len(rows)
 
-    def pieces(self, row: int) -> list[_Piece]:
-        return [_Piece(document, 0, int(self.lengths[document])) for document in self.rows[row]]
+    def pieces(self, row: int) -> list[Piece]:
+        return [Piece(document, 0, int(self.lengths[document])) for document in self.rows[row]]
 
 
 class PackedRows:
@@ -155,7 +158,7 @@ class PackedRows:
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """Rows by number, counted from 0 over all epochs."""
-        filled = [self._fill(self._pieces(row)) for row in rows]
+        filled = [fill_row(self.shards, self._pieces(row), self.row_length, self.pad_id) for row in rows]
         return TokenBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*filled, strict=True)))
 
     def documents(self, row: int) -> list[int]:
@@ -166,7 +169,7 @@ class PackedRows:
         """The documents that a row holds tokens of, with the shards that they are in."""
         return [(self.shards, document) for document in self.documents(row)]
 
-    def _pieces(self, row: int) -> list[_Piece]:
+    def _pieces(self, row: int) -> list[Piece]:
         epoch, within = divmod(row, self.rows_per_epoch)
         return self._layout(epoch).pieces(within)
 
@@ -174,25 +177,29 @@ class PackedRows:
         generator = np.random.default_rng(derive_seed(self.seed, "documents", epoch))
         return kind(self.shards.lengths(), self.row_length, generator)
 
-    def _fill(self, pieces: list[_Piece]) -> tuple[NDArray[np.int64], ...]:
-        ids = np.full(self.row_length, self.pad_id, dtype=np.int64)
-        labels = np.full(self.row_length, IGNORE, dtype=np.int64)
-        positions = np.zeros(self.row_length, dtype=np.int64)
-        documents = np.full(self.row_length, PADDING, dtype=np.int64)
-        at = 0
-        for number, piece in enumerate(pieces):
-            span = slice(at, at + piece.stop - piece.start)
-            ids[span] = self.shards.ids(piece.document, piece.start, piece.stop)
-            # A token's label is the next token of the same document, also where that stands in the next row.
-            targets = self.shards.ids(piece.document, piece.start + 1, piece.stop + 1).astype(np.int64)
-            mask = self.shards.mask(piece.document, piece.start + 1, piece.stop + 1)
-            if mask is not None:
-                targets = np.where(mask, targets, IGNORE)
-            labels[at : at + len(targets)] = targets
-            positions[span] = np.arange(piece.stop - piece.start)
-            documents[span] = number
-            at = span.stop
-        return ids, labels, positions, documents
+
+def fill_row(
+    shards: TokenShards, pieces: Sequence[Piece], row_length: int, pad_id: int
+) -> tuple[NDArray[np.int64], ...]:
+    """One row of pieces side by side: the columns of a `TokenBatch`."""
+    ids = np.full(row_length, pad_id, dtype=np.int64)
+    labels = np.full(row_length, IGNORE, dtype=np.int64)
+    positions = np.zeros(row_length, dtype=np.int64)
+    documents = np.full(row_length, PADDING, dtype=np.int64)
+    at = 0
+    for number, piece in enumerate(pieces):
+        span = slice(at, at + piece.stop - piece.start)
+        ids[span] = shards.ids(piece.document, piece.start, piece.stop)
+        # A token's label is the next token of the same document, also where that stands in the next row.
+        targets = shards.ids(piece.document, piece.start + 1, piece.stop + 1).astype(np.int64)
+        mask = shards.mask(piece.document, piece.start + 1, piece.stop + 1)
+        if mask is not None:
+            targets = np.where(mask, targets, IGNORE)
+        labels[at : at + len(targets)] = targets
+        positions[span] = np.arange(piece.stop - piece.start)
+        documents[span] = number
+        at = span.stop
+    return ids, labels, positions, documents
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -196,6 +196,8 @@ def _check_regularization(regularization: RegularizationConfig, config: Finetune
             "With earlier.replay_share, residual_dropout and activation checkpointing do not go together: what a layer "
             "drops is not known any more when it is computed again."
         )
+    if regularization.fisher_rows and config.tasks:
+        raise ValueError("regularization.fisher_rows is for one task, beside whose model it is written.")
     if regularization.fisher_rows and config.peft is not None:
         raise ValueError(
             "regularization.fisher_rows is about the model's own parameters, and with peft others are trained; leave "

@@ -12,7 +12,6 @@ from puna.batches.mixture import Ingredient, MixedRows
 from puna.batches.packing import PackedRows
 from puna.batches.shards import TokenShards
 from puna.config import to_plain
-from puna.finetune.adapters import adapt, save_tuned
 from puna.finetune.answers import answer
 from puna.finetune.config import FinetuneConfig, check_row_length
 from puna.finetune.regularize.agreement import token_divergence
@@ -20,6 +19,7 @@ from puna.finetune.regularize.safeguards import Safeguards
 from puna.finetune.selection import LOSS, Judge, Selector, check_selection
 from puna.model.transformer import Transformer
 from puna.parallel.mesh import is_first_process, wait_for_all
+from puna.peft.tuning import adapt, save_tuned
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_jsonl
 from puna.runtime.manifest import Manifest, content_hash
@@ -47,7 +47,7 @@ def tune(config: FinetuneConfig, judge: Judge | None = None) -> None:
     if config.held_out_conversations is not None:
         held_out = _pack(read_conversations(config.held_out_conversations), tokenizer, config, "held_out")
     _announce(packed, config)
-    training = adapt(model, config)
+    training = adapt(model, config.peft, config.train.steps, config.train.seed)
     safeguards = Safeguards(config, model, tokenizer, training)
     plain_loss = partial(causal_lm_loss, z_loss=config.train.z_loss)
     training_rows, loss = safeguards.around_tokens(rows, plain_loss, token_divergence)
@@ -58,7 +58,7 @@ def tune(config: FinetuneConfig, judge: Judge | None = None) -> None:
     run = to_plain(config) | {"inputs": inputs}
     measure = safeguards.measuring(partial(_write_samples, config, tokenizer))
     selector = Selector(config.selection, config.output, measure, judge)
-    watch = selector if config.selection is not None or config.sample_prompts or config.earlier_metrics else None
+    watch = selector if config.selection is not None or config.sample_prompts or config.earlier else None
     result = fit(
         model,
         training_rows,
@@ -76,7 +76,15 @@ def tune(config: FinetuneConfig, judge: Judge | None = None) -> None:
     best = selector.restore_best(model, read_metrics(config.output / "metrics.jsonl"))
     manifest = Manifest("finetune", to_plain(config), inputs, asdict(result) | best | safeguards.results())
     if is_first_process():
-        written = save_tuned(model, config, tokenizer, manifest)
+        written = save_tuned(
+            model,
+            config.peft,
+            config.output,
+            base_model=config.model,
+            tokenizer=tokenizer,
+            dtype=config.dtype,
+            manifest=manifest,
+        )
         safeguards.save_fisher(rows, plain_loss, written)
 
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.instructions import tune
 from puna.finetune.selection import Judge
-from puna.finetune.tasks.head import tune_task
+from puna.finetune.tasks.tune import tune_task
 from puna.finetune.text.task import TextTask
 from puna.finetune.text.tune import tune_text
 from puna.parallel.mesh import joined_processes

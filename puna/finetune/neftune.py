@@ -3,12 +3,13 @@
 Shapes: B rows, T tokens, D model dimension.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from puna.batches.packing import PADDING, TokenBatch
+from puna.finetune.embeddings import changed_embeddings
 from puna.finetune.numbered import row_numbers
 from puna.model.transformer import Transformer
 from puna.runtime.seeds import derive_seed
@@ -26,32 +27,28 @@ def with_noise(loss: Loss, alpha: float, seed: int) -> Loss:
     def noisy(model: Transformer, batch: TokenBatch) -> LossSum:
         if not model.training:
             return loss(model, batch)
-        noise_BTD = embedding_noise(batch, model.config.dim, alpha, seed)
 
-        def add(module: Any, inputs: Any, x_BTD: Tensor) -> Tensor:
+        def add(x_BTD: Tensor, documents_BT: Tensor) -> Tensor:
+            noise_BTD = embedding_noise(documents_BT, row_numbers(batch), x_BTD.shape[2], alpha, seed)
             return x_BTD + noise_BTD
 
-        hook = model.embedding.register_forward_hook(add)
-        try:
+        with changed_embeddings(model, add):
             return loss(model, batch)
-        finally:
-            hook.remove()
 
     return noisy
 
 
-def embedding_noise(batch: TokenBatch, dim: int, alpha: float, seed: int) -> Tensor:
+def embedding_noise(documents_BT: Tensor, rows: Sequence[int], dim: int, alpha: float, seed: int) -> Tensor:
     """What is added to the embeddings, shape [B, T, D].
 
     Uniform in +-alpha / sqrt(L D), L being the tokens of the document that a token belongs to; zero for padding. A
     row's noise follows from the seed and its number, whatever rows are beside it.
     """
-    documents_BT = batch.documents_BT
     same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
     scale_BT = alpha / (same_BTT.sum(-1) * dim).sqrt()
     scale_BT = scale_BT.masked_fill(documents_BT == PADDING, 0.0)
-    rows = []
-    for number in row_numbers(batch):
+    noises = []
+    for number in rows:
         generator = torch.Generator().manual_seed(derive_seed(seed, "neftune", number))
-        rows.append(torch.rand(documents_BT.shape[1], dim, generator=generator) * 2 - 1)
-    return torch.stack(rows).to(scale_BT.device) * scale_BT[:, :, None]
+        noises.append(torch.rand(documents_BT.shape[1], dim, generator=generator) * 2 - 1)
+    return torch.stack(noises).to(scale_BT.device) * scale_BT[:, :, None]

@@ -92,6 +92,20 @@ def of_texts(head: HeadModel, task: Classification, rows: Iterable[Row], max_tok
         yield row.values | _verdict(head, task, logits_TC[-1])
 
 
+def classify(directory: Path, texts: Sequence[str]) -> list[str]:
+    """The class of each text, by a head in a directory.
+
+    Raises:
+        InputError: it is no classification of single texts with one class each.
+    """
+    head = load_head_model(directory, dtype=torch.float32)
+    task, max_tokens = trained_task(head, directory)
+    if not isinstance(task, Classification) or task.second_text or task.problem != "one_class":
+        raise InputError(f"{directory} is no classification that gives each text one class.")
+    rows = [Row(f"text {number}", {task.text: text}) for number, text in enumerate(texts, start=1)]
+    return [line["predicted"] for line in of_texts(head, task, rows, max_tokens)]
+
+
 def _verdict(head: HeadModel, task: Classification, logits_C: Tensor) -> Line:
     match task.problem:
         case "one_class":
@@ -100,7 +114,9 @@ def _verdict(head: HeadModel, task: Classification, logits_C: Tensor) -> Line:
         case "many_classes":
             each = dict(zip(head.spec.labels, logits_C.sigmoid().tolist(), strict=True))
             return {
-                "predicted": [name for name, logit in zip(head.spec.labels, logits_C.tolist(), strict=True) if logit > 0],
+                "predicted": [
+                    name for name, logit in zip(head.spec.labels, logits_C.tolist(), strict=True) if logit > 0
+                ],
                 "probabilities": {name: round(value, 6) for name, value in each.items()},
             }
         case "number":
@@ -170,7 +186,7 @@ def _sentences(path: Path, task: Tagging) -> Iterator[Sentence]:
     elif (path.with_suffix("") if path.suffix == ".gz" else path).suffix in SUFFIXES:
         for row in read_table(path):
             value = row.values.get(task.words)
-            words = task.split(value) if isinstance(value, str) else value
+            words: Any = task.split(value) if isinstance(value, str) else value
             if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
                 raise InputError(f"{row.where} has neither a text nor a list of words in its column {task.words!r}.")
             yield Sentence(words, ["O"] * len(words), [row.where] * len(words))

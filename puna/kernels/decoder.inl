@@ -3,6 +3,8 @@
 // Included once per instruction set, after the other kernels. The steps are those of puna/model/transformer.py, which
 // is the twin that says what is right. Activations between maps are float32.
 
+constexpr long PIECE = 64;  // outputs
+
 // What a thread needs to know about itself.
 struct Worker {
     long number, count;
@@ -23,15 +25,31 @@ struct Inputs {
     Rounded rounded;
 };
 
-static void multiply(const Worker &w, const Inputs &a, const Map &map, float *y, bool add) {
-    long first, last;
-    share(w, map.outputs, PANEL, first, last);
+// Outputs are dealt out in pieces, as one processor may be slower than another. A worker takes its next piece before it
+// works on the one that it has, and so knows what to ask memory for. `taken` counts pieces and begins at zero.
+template <typename Work>
+static inline void each_piece(long count, long *taken, Work work) {
+    const long pieces = (count + PIECE - 1) / PIECE;
+    const auto take = [&] { return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED); };
+    for (long piece = take(); piece < pieces;) {
+        const long next = take(), last = (piece + 1) * PIECE;
+        work(piece * PIECE, last < count ? last : count, next < pieces ? next * PIECE : piece * PIECE);
+        piece = next;
+    }
+}
+
+// Outputs [first, last); after them come those from `next` on.
+static void multiply(const Worker &w, const Inputs &a, const Map &map, long first, long last, long next, float *y, bool add) {
     if (map.kind == FLOAT32) return multiply_floats<float>(a.x, a.rounded.rows, map, first, last, y, add);
     if (map.kind == BFLOAT16) return multiply_floats<unsigned short>(a.x, a.rounded.rows, map, first, last, y, add);
     if (map.wide_scales)
-        multiply_integers<float>(a.rounded, map, first, last, y, add, w.bench);
+        multiply_integers<float>(a.rounded, map, first, last, next, y, add, w.bench);
     else
-        multiply_integers<unsigned short>(a.rounded, map, first, last, y, add, w.bench);
+        multiply_integers<unsigned short>(a.rounded, map, first, last, next, y, add, w.bench);
+}
+
+static void multiply(const Worker &w, const Inputs &a, const Map &map, long *taken, float *y, bool add) {
+    each_piece(map.outputs, taken, [&](long first, long last, long next) { multiply(w, a, map, first, last, next, y, add); });
 }
 
 // Rounds this worker's rows as `maps` want it.
@@ -208,28 +226,24 @@ static void forward(const Forward &f) {
         longest = seen > longest ? seen : longest;
         most = count > 1 && seen > most ? seen : most;
     }
-    Scratch joint(rows * (joint_row > widest ? joint_row : widest)), gate(rows * widest), inner(rows * widest), numbers(rows * (widest / 4 + widest / SUM + 2));
-    Scratch plain(rows * widest / 4 + 1), parted(rows * widest / 4 + 1);
-    const auto inputs_of = [&](long size) {
-        int *at = reinterpret_cast<int *>(numbers.data);
-        const Rounded rounded{rows, size, reinterpret_cast<signed char *>(plain.data),
-                              reinterpret_cast<signed char *>(parted.data), numbers.data, at + rows, at + 2 * rows,
-                              at + 2 * rows + rows * size / 8};
-        return Inputs{inner.data, rounded};
-    };
+    Scratch joint(rows * (joint_row > widest ? joint_row : widest)), gate(rows * widest), inner(rows * widest), numbers(numbers_of(rows, widest));
+    Scratch counters(f.layers * 6 * 2);  // pieces taken of each product
+    long *counts = reinterpret_cast<long *>(counters.data);
+    for (long i = 0; i < f.layers * 6; i++) counts[i] = 0;
+    const auto inputs_of = [&](long size) { return Inputs{inner.data, rounded_in(numbers.data, rows, size)}; };
     for (long i = f.firsts[sequences] * query_size; i < rows * query_size; i++) inner.data[i] = 0;  // rows of no sequence
 #pragma omp parallel
     {
         const long room_size = padded(most) * f.head_size;
-        Scratch panel(BLOCK * PANEL / 4), scales(BLOCK / SUM * PANEL), sums(rows * PANEL);
+        Scratch memory(BENCH + rows * BENCH_ROW);
         Scratch keys(room_size), turned(room_size), values(room_size);
         Scratch scores((most ? QUERIES : 1) * padded(longest) + WIDTH);
-        const Bench bench{reinterpret_cast<int *>(panel.data), scales.data, sums.data};
-        const Worker w{omp_get_thread_num(), omp_get_num_threads(), bench};
+        const Worker w{omp_get_thread_num(), omp_get_num_threads(), bench_in(memory.data)};
         const AttentionRoom room{keys.data, turned.data, values.data, scores.data};
         long first, last;
         for (long number = 0; number < f.layers; number++) {
             const Layer &layer = f.layer[number];
+            long *taken = counts + number * 6;
             const Map *joint_maps[] = {&layer.query, &layer.key, &layer.value};
             const Map *wide_maps[] = {&layer.gate, &layer.up};
             const Map *output = &layer.output, *down = &layer.down;
@@ -238,9 +252,9 @@ static void forward(const Forward &f) {
             normalize_rows(w, f.x, layer.attention_norm, rows, f.dim, f.eps, inner.data);
             round_rows(w, normed, joint_maps, 3);
 #pragma omp barrier
-            multiply(w, normed, layer.query, joint.data, false);
-            multiply(w, normed, layer.key, joint.data + query_size, false);
-            multiply(w, normed, layer.value, joint.data + query_size + f.groups * f.head_size, false);
+            multiply(w, normed, layer.query, taken, joint.data, false);
+            multiply(w, normed, layer.key, taken + 1, joint.data + query_size, false);
+            multiply(w, normed, layer.value, taken + 2, joint.data + query_size + f.groups * f.head_size, false);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
             for (long item = 0; item < sequences * f.groups; item++) {
@@ -252,23 +266,23 @@ static void forward(const Forward &f) {
             const Inputs mixed = inputs_of(query_size);
             round_rows(w, mixed, &output, 1);
 #pragma omp barrier
-            multiply(w, mixed, layer.output, f.x, true);
+            multiply(w, mixed, layer.output, taken + 3, f.x, true);
 #pragma omp barrier
             normalize_rows(w, f.x, layer.feed_forward_norm, rows, f.dim, f.eps, inner.data);
             round_rows(w, normed, wide_maps, 2);
 #pragma omp barrier
-            multiply(w, normed, layer.gate, gate.data, false);
-            multiply(w, normed, layer.up, joint.data, false);
-            // A worker's outputs of both maps are the same ones.
-            share(w, down->inputs, PANEL, first, last);
-            for (long r = 0; r < rows; r++)
-                for (long i = r * down->inputs + first; i < r * down->inputs + last; i += WIDTH)
-                    store(gate.data + i, silu(load(gate.data + i)) * load(joint.data + i));
+            each_piece(down->inputs, taken + 4, [&](long from, long to, long next) {
+                multiply(w, normed, layer.gate, from, to, next, gate.data, false);
+                multiply(w, normed, layer.up, from, to, next, joint.data, false);
+                for (long r = 0; r < rows; r++)
+                    for (long i = r * down->inputs + from; i < r * down->inputs + to; i += WIDTH)
+                        store(gate.data + i, silu(load(gate.data + i)) * load(joint.data + i));
+            });
 #pragma omp barrier
             const Inputs wide{gate.data, inputs_of(down->inputs).rounded};
             round_rows(w, wide, &down, 1);
 #pragma omp barrier
-            multiply(w, wide, layer.down, f.x, true);
+            multiply(w, wide, layer.down, taken + 5, f.x, true);
 #pragma omp barrier
         }
         share(w, rows, 1, first, last);
@@ -279,20 +293,16 @@ static void forward(const Forward &f) {
 // y = x W^T + bias for one map; y is [rows, outputs].
 static void multiply_alone(const Map &map, const float *x, long rows, float *y) {
     const long size = map.inputs;
-    Scratch numbers(rows * (size / 8 + size / SUM + 2)), plain(rows * size / 4), parted(rows * size / 4);
-    int *at = reinterpret_cast<int *>(numbers.data);
-    const Inputs inputs{const_cast<float *>(x),
-                        Rounded{rows, size, reinterpret_cast<signed char *>(plain.data),
-                                reinterpret_cast<signed char *>(parted.data), numbers.data, at + rows, at + 2 * rows,
-                                at + 2 * rows + rows * size / 8}};
+    Scratch numbers(numbers_of(rows, size));
+    const Inputs inputs{const_cast<float *>(x), rounded_in(numbers.data, rows, size)};
     const Map *maps[] = {&map};
+    long taken = 0;
 #pragma omp parallel
     {
-        Scratch panel(BLOCK * PANEL / 4), scales(BLOCK / SUM * PANEL), sums(rows * PANEL);
-        const Bench bench{reinterpret_cast<int *>(panel.data), scales.data, sums.data};
-        const Worker w{omp_get_thread_num(), omp_get_num_threads(), bench};
+        Scratch memory(BENCH + rows * BENCH_ROW);
+        const Worker w{omp_get_thread_num(), omp_get_num_threads(), bench_in(memory.data)};
         round_rows(w, inputs, maps, 1);
 #pragma omp barrier
-        multiply(w, inputs, map, y, false);
+        multiply(w, inputs, map, &taken, y, false);
     }
 }

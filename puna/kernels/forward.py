@@ -80,7 +80,7 @@ class NativeMap:
     Attributes:
         weights: float32 or bfloat16 [N, K]; int8 [N, K]; or int32 [N, K / 8] of integers of 4 bits, packed as
             `puna.compress.integers.pack` does. With integers, activations are rounded to 8 bits, token by token.
-        scales: with integers, [N, G], float32 or bfloat16; G is 1, or K / 32, K / 64 or K / 128 with 4 bits.
+        scales: with integers, [N, G], float32 or bfloat16; G is 1 or K / 32 with 8 bits; K / 32, K / 64 or K / 128 with 4.
         bias: [N].
     """
 
@@ -130,8 +130,14 @@ def applicable(weights: Tensor, scales: Tensor | None = None) -> bool:
         and weights.dtype in _KINDS
         and weights.is_contiguous()
         and inputs % INPUTS_UNIT == 0
-        and (scales is None or (scales.is_contiguous() and scales.dtype in (torch.float32, torch.bfloat16)))
+        and (scales is None or _readable(scales, inputs, weights.dtype))
     )
+
+
+def _readable(scales: Tensor, inputs: int, dtype: torch.dtype) -> bool:
+    groups = (inputs, 32) if dtype is torch.int8 else (32, 64, 128)
+    known = any(scales.shape[1] * group == inputs for group in groups)
+    return known and scales.is_contiguous() and scales.dtype in (torch.float32, torch.bfloat16)
 
 
 def multiply(x_MK: Tensor, weights: NativeMap) -> Tensor:

@@ -79,19 +79,21 @@ static inline float largest_of(Vector v) {
     return best;
 }
 
-// Transposes WIDTH vectors: their halves are interleaved as often as WIDTH can be halved.
-static inline void transpose(Vector (&square)[WIDTH]) {
+// Transposes a square of parts of UNIT lanes: the vectors' halves are interleaved as often as they can be halved.
+template <int UNIT = 1, int COUNT>
+static inline void transpose(Vector (&square)[COUNT]) {
+    static_assert(UNIT * COUNT == WIDTH);
     Integers low, high;
-    for (int i = 0; i < WIDTH; i++) low[i] = i / 2 + i % 2 * WIDTH, high[i] = low[i] + WIDTH / 2;
+    for (int i = 0; i < WIDTH; i++) low[i] = (i / UNIT / 2 + i / UNIT % 2 * COUNT) * UNIT + i % UNIT, high[i] = low[i] + WIDTH / 2;
 #pragma GCC unroll 4
-    for (int half = 1; half < WIDTH; half *= 2) {
-        Vector next[WIDTH];
+    for (int half = 1; half < COUNT; half *= 2) {
+        Vector next[COUNT];
 #pragma GCC unroll 8
-        for (int i = 0; i < WIDTH / 2; i++) {
-            next[2 * i] = __builtin_shuffle(square[i], square[i + WIDTH / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(square[i], square[i + WIDTH / 2], high);
+        for (int i = 0; i < COUNT / 2; i++) {
+            next[2 * i] = __builtin_shuffle(square[i], square[i + COUNT / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(square[i], square[i + COUNT / 2], high);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++) square[i] = next[i];
+        for (int i = 0; i < COUNT; i++) square[i] = next[i];
     }
 }

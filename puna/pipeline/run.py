@@ -17,6 +17,7 @@ stage named corpus, which has to stand before.
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -60,10 +61,17 @@ def run_recipe(recipe: Path, overrides: Iterable[str]) -> None:
     """Plan, run what is out of date, and write report.html.
 
     Raises:
-        InputError: the recipe is wrong (found before anything runs), or a stage's input is.
+        InputError: the recipe is wrong (found before anything runs), a stage's input is, or torchrun started several
+            of these.
     """
     from puna.pipeline.report import print_summary, write_report
 
+    if (num_processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"`puna run` brings the stages of {recipe} up to date one by one, and the {num_processes} processes of "
+            "torchrun would do each of them at once. Start it without torchrun. A stage that is to train on several "
+            "processes is started on its own, as in `torchrun --nproc-per-node 2 -m puna.cli pretrain RECIPE.toml`."
+        )
     values = read_toml(recipe)
     apply_overrides(values, overrides)
     output, stages = plan(values, str(recipe))

@@ -37,6 +37,7 @@ STAGES = {
     ),
     "scaling": Stage("puna.pretrain.scaling.main", "ScalingConfig", "Fit scaling laws, and say how to spend a budget."),
     "finetune": Stage("puna.finetune.main", "FinetuneConfig", "Teach a model to answer, classify, tag or find."),
+    "predict": Stage("puna.finetune.predict", "PredictConfig", "Classify, tag or search new texts by a trained head."),
     "search": Stage(
         "puna.finetune.search.main", "SearchConfig", "Find the settings of a fine-tuning recipe that do best."
     ),

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.batches.packing import PADDING, TokenBatch
+from puna.batches.packing import PADDING
 from puna.config import load_config
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
 from puna.finetune.neftune import embedding_noise
-from puna.finetune.numbered import with_numbers
 from puna.finetune.selection import SelectionConfig
 from puna.peft.files import load_adapter
 from puna.runtime.errors import InputError
@@ -83,7 +82,8 @@ def test_adapters_are_trained_and_written(base_model: Path, data: Path, tmp_path
         tmp_path,
         f"conversations={data / 'alpaca.jsonl'}",
         f"held_out_conversations={data / 'alpaca.jsonl'}",
-        "peft.kind=lora", "peft.rank=4",
+        "peft.kind=lora",
+        "peft.rank=4",
         "selection.patience=5",
     )
     losses = [point["validation/loss"] for point in points if "validation/loss" in point]
@@ -102,8 +102,7 @@ def test_adapters_are_trained_and_written(base_model: Path, data: Path, tmp_path
 def test_noise_is_that_of_the_paper(lengths: list[int], padding: int, alpha: float) -> None:
     documents = [number for number, length in enumerate(lengths) for _ in range(length)] + [PADDING] * padding
     documents_BT = torch.tensor([documents])
-    batch = with_numbers(TokenBatch(*[documents_BT] * 4), torch.tensor([7]))
-    noise_TD = embedding_noise(batch, 8, alpha, seed=1)[0]
+    noise_TD = embedding_noise(documents_BT, [7], 8, alpha, seed=1)[0]
     start = 0
     for length in lengths:
         limit = alpha / (length * 8) ** 0.5
@@ -129,8 +128,8 @@ def test_patience_runs_out_after_so_many_without_a_better(values: list[int], pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "Set one of conversations, mixture and task"),
-        (["conversations=a", "task.kind=tagging", "data.train=b"], "Set one of conversations, mixture and task"),
+        ([], "Set one of conversations, mixture"),
+        (["conversations=a", "task.kind=tagging", "data.train=b"], "Set one of conversations, mixture"),
         (["task.kind=tagging"], "A task needs data"),
         (["conversations=a", "selection.patience=1"], "no held-out data is given"),
         (["conversations=a", "selection.patience=1", "train.validate_every=0"], "set train.validate_every"),

@@ -2,11 +2,14 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from puna.cli import main
+from puna.config import Kinds, field_docs, render_kind
+from puna.finetune.config import TASKS, FinetuneConfig
 from puna.finetune.tasks.tagging import Tagging
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_jsonl
@@ -111,6 +114,13 @@ def test_line_and_reason_are_named(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     assert re.search(message, run(recipe, tmp_path / name, *more))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_setting_of_a_task_is_explained(kind: str) -> None:
+    loaded = Kinds("task", TASKS).load(kind)
+    assert {field.name for field in fields(loaded)} == set(field_docs(loaded)), "each field needs a docstring below it"
+    assert re.search(r"^# task \w+: .*[.]$", render_kind(FinetuneConfig, kind), re.M), "the first line is a sentence"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from puna.batches.mixture import whole_counts
 from puna.batches.packing import IGNORE, PADDING, TokenBatch
+from puna.finetune.neftune import with_noise
 from puna.finetune.numbered import row_numbers, twice, with_numbers
 from puna.finetune.regularize.adversary import sum_by_text, with_adversary
 from puna.finetune.regularize.agreement import symmetric_divergence, token_divergence, with_agreement
@@ -195,7 +196,7 @@ def test_adversaries_equal_their_naive_twin(lengths: list[list[int]], steps: int
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
-def test_an_adversary_of_adapters(method: str) -> None:
+def test_changed_embeddings_under_adapters(method: str) -> None:
     from puna.peft.prefix import PrefixConfig
     from puna.peft.prompt import PromptConfig
 
@@ -212,6 +213,9 @@ def test_an_adversary_of_adapters(method: str) -> None:
     part = with_adversary(plain, AdversaryConfig(epsilon=0.5))(model, batch)
     assert part.total > 2 * clean.total
     assert gradients(model, part.total)
+    noisy = with_noise(plain, 5.0, seed=1)(model, batch)
+    assert noisy.total != clean.total
+    assert noisy.total == with_noise(plain, 5.0, seed=1)(model, batch).total
 
 
 def test_sums_by_text() -> None:

@@ -18,7 +18,7 @@ from puna.finetune.tasks.task import Example
 from puna.finetune.unlabelled.active import ActiveConfig
 from puna.finetune.unlabelled.active import main as active
 from puna.finetune.unlabelled.choose import choose, k_centre, k_means, uncertainty
-from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_task
+from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_classification
 from puna.finetune.unlabelled.self_training import Guess, SelfTrainConfig, take
 from puna.finetune.unlabelled.self_training import main as self_train
 from puna.runtime.errors import InputError
@@ -148,8 +148,9 @@ def test_rounds_learn_from_their_own_labels(data: Path, trained: Path) -> None:
     assert len(own) == rounds[1]["num_own_labels"] > 0
     assert examples[:4] == list(read_jsonl(data / "labelled.jsonl"))
 
-    task, max_tokens = trained_task(trained / "round-0" / "model")
-    head = load_head_model(trained / "round-0" / "model")
+    directory = trained / "round-0" / "model"
+    head = load_head_model(directory)
+    task, max_tokens = trained_classification(head, directory)
     rows = read_unlabelled(data / "texts.csv", (), task)
     p_NC = predict_rows(head, task, rows, max_tokens).probabilities_NC
     by_where = {row.where: p_C for row, p_C in zip(rows, p_NC, strict=True)}
@@ -169,8 +170,8 @@ def test_rounds_learn_from_their_own_labels(data: Path, trained: Path) -> None:
 
 def test_predictions_are_those_of_the_head(data: Path, trained: Path) -> None:
     directory = trained / "round-0" / "model"
-    task, max_tokens = trained_task(directory)
     head = load_head_model(directory)
+    task, max_tokens = trained_classification(head, directory)
     rows = read_unlabelled(data / "texts.csv", (), task)
     found = predict_rows(head, task, rows, max_tokens)
     ids = [[head.tokenizer.bos_id, *head.tokenizer.encode(row.values["text"])] for row in rows]
@@ -203,8 +204,8 @@ def test_the_next_to_label(data: Path, trained: Path, tmp_path: Path, diversity:
 
 def test_what_does_not_work(base_model: Path, data: Path, trained: Path, tmp_path: Path) -> None:
     pairs = [f"data={data / 'texts.csv'}", f"output={tmp_path / 'next.csv'}"]
-    with pytest.raises(InputError, match="not made by `puna finetune` for a classification"):
-        active(load_config(ActiveConfig, None, [f"model={trained}", *pairs]))
+    with pytest.raises(InputError, match="a model with a head is one of"):
+        active(load_config(ActiveConfig, None, [f"model={base_model}", *pairs]))
     all_known = f"data={data / 'labelled.jsonl'}"
     with pytest.raises(InputError, match="holds no text without a label"):
         active(load_config(ActiveConfig, None, [f"model={trained / 'model'}", all_known, pairs[1]]))

@@ -22,8 +22,8 @@ def native_and_twin(weight_NK, x_MK, bits, group, scales_dtype, bias):
         return stored, x_MK.double() @ stored.weights.double().T + bias.double()
     quants_MK, scale_M1 = round_activations(x_MK)
     if bits == 8:
-        quants_NK, scales = to_int8(weight_NK.to(scales_dtype))
-        stored, weight = NativeMap(quants_NK, scales, bias), quants_NK.double() * scales.double()
+        quants_NK, scales = (part.view(len(weight_NK), -1) for part in to_int8(weight_NK.to(scales_dtype).view(-1, group)))
+        stored, weight = NativeMap(quants_NK, scales, bias), dequantize(quants_NK, scales, None, torch.float64)
     else:
         quants_NK, scales, _ = to_int4(weight_NK.to(scales_dtype), group, symmetric=True)
         stored, weight = NativeMap(pack(quants_NK), scales, bias), dequantize(quants_NK, scales, None, torch.float64)
@@ -34,8 +34,8 @@ def native_and_twin(weight_NK, x_MK, bits, group, scales_dtype, bias):
 @given(
     rows=st.integers(1, 21),
     outputs=st.integers(1, 110),
-    units=st.integers(1, 5),
-    form=st.sampled_from([(32, 0), (8, 0), (4, 32), (4, 64), (4, 128)]),
+    units=st.sampled_from([1, 2, 3, 5, 8, 17]),
+    form=st.sampled_from([(32, None), (8, None), (8, 32), (4, 32), (4, 64), (4, 128)]),
     scales_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
@@ -46,7 +46,8 @@ def test_products_of_any_size(level, rows, outputs, units, form, scales_dtype, s
     weight_NK = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     x_MK = torch.randn(rows, inputs, generator=generator) * torch.rand(rows, 1, generator=generator) * 10
     bias = torch.randn(outputs, generator=generator)
-    stored, expected = native_and_twin(weight_NK, x_MK, *form, scales_dtype, bias)
+    bits, group = form
+    stored, expected = native_and_twin(weight_NK, x_MK, bits, group or inputs, scales_dtype, bias)
     assert applicable(stored.weights, stored.scales)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "level", lambda: level)
@@ -74,4 +75,6 @@ def test_what_the_kernels_do_not_read():
     assert not applicable(torch.zeros(4, 128, dtype=torch.float16))
     assert not applicable(torch.zeros(128, 4).T)
     assert not applicable(torch.zeros(4, 128, dtype=torch.int8), torch.ones(4, 1, dtype=torch.float16))
+    assert not applicable(torch.zeros(4, 128, dtype=torch.int8), torch.ones(4, 2))
+    assert not applicable(torch.zeros(4, 32, dtype=torch.int32), torch.ones(4, 1))
     assert multiply(torch.zeros(0, 128), NativeMap(torch.zeros(3, 128))).shape == (0, 3)

@@ -186,6 +186,13 @@ def test_a_wrong_recipe_is_explained_before_anything_runs(tmp_path: Path, text: 
     assert [p.name for p in tmp_path.iterdir()] == ["r.toml"]
 
 
+def test_several_processes_are_refused(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"2 processes of torchrun .* Start it without torchrun\."):
+        run_recipe(recipe, [])
+    assert not (tmp_path / "out").exists()
+
+
 def test_references_and_outputs() -> None:
     output, (corpus, tokenizer) = plan(
         {

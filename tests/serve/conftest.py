@@ -27,9 +27,10 @@ SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>")
 
 
 class WatchedEngine(Engine):
-    """Keeps the largest number of sequences that one step advanced, and breaks down on request."""
+    """Keeps the largest number of sequences that one step advanced and what was given up; breaks down on request."""
 
     widest = 0
+    num_cancelled = 0
     broken = False
 
     def step(self) -> list[Request]:
@@ -40,6 +41,10 @@ class WatchedEngine(Engine):
         self.widest = max(self.widest, len(self.scheduler.running))
         return updated
 
+    def cancel(self, request: Request) -> None:
+        self.num_cancelled += request.finish_reason is None
+        super().cancel(request)
+
 
 @dataclass
 class Served:
@@ -47,7 +52,7 @@ class Served:
     url: str
     server: Server
 
-    def wait_until_idle(self, seconds: float = 5) -> bool:
+    def wait_until_idle(self, seconds: float = 60) -> bool:
         deadline = time.monotonic() + seconds
         while not self.engine.idle and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -206,18 +206,20 @@ def test_concurrent_requests_share_batches(client: openai.OpenAI, served) -> Non
 
 
 def test_a_client_that_goes_away_frees_its_rows(client: openai.OpenAI, served, post) -> None:
+    before = served.engine.num_cancelled
     stream = client.completions.create(model="tiny", prompt="x", max_tokens=4000, stream=True, extra_body=FREE)
     next(iter(stream))
-    assert not served.engine.idle
     stream.close()
-    assert served.wait_until_idle(seconds=1)
+    assert served.wait_until_idle()
+    assert served.engine.num_cancelled == before + 1
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{served.url}/v1/completions",
             json={"model": "tiny", "prompt": ["x", "y"], "max_tokens": 4000, **FREE},
             timeout=0.3,
         )
-    assert served.wait_until_idle(seconds=1)
+    assert served.wait_until_idle()
+    assert served.engine.num_cancelled == before + 3
     assert post("completions", prompt="x", max_tokens=1).status_code == 200
 
 

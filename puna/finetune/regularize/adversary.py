@@ -8,17 +8,13 @@ stay as they are, and the length of the change is measured in units in which the
 Shapes: B rows, T tokens, D model dimension.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from puna.batches.packing import PADDING, TokenBatch
+from puna.finetune.embeddings import changed_embeddings
 from puna.finetune.regularize.config import AdversaryConfig
 from puna.model.transformer import Transformer
-from puna.peft.virtual import forward_arguments
 from puna.train.loss import Loss, LossSum
 
 
@@ -36,7 +32,8 @@ def with_adversary(loss: Loss, config: AdversaryConfig) -> Loss:
     def attacked(model: Transformer, batch: TokenBatch) -> LossSum:
         if not model.training:
             return loss(model, batch)
-        with _changeable(model) as embeddings:
+        embeddings = _Embeddings()
+        with changed_embeddings(model, embeddings.add):
             clean = loss(model, batch)
             total = clean.total
             for step in range(config.steps):
@@ -49,37 +46,29 @@ def with_adversary(loss: Loss, config: AdversaryConfig) -> Loss:
 
 
 class _Embeddings:
-    """A model's embeddings of one batch, with a change added.
+    """A change of a batch's embeddings.
 
     Attributes:
         change: [B, T, D] in float32, zero at first; a leaf that gradients are taken by.
     """
 
     change: Tensor
+    _documents_BT: Tensor
+    _unit_BT1: Tensor
 
-    def __init__(self) -> None:
-        self._documents_BT: Tensor | None = None
-        self._unit_BT1: Tensor | None = None
-
-    def see(self, model: Transformer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note which text each token belongs to, virtual tokens included."""
-        ids_BT, _, attend, _ = forward_arguments(*args, **kwargs)
-        self._documents_BT = getattr(attend, "documents_BT", torch.zeros_like(ids_BT))
-
-    def add(self, module: Any, inputs: Any, x_BTD: Tensor) -> Tensor:
+    def add(self, x_BTD: Tensor, documents_BT: Tensor) -> Tensor:
         """The embeddings with the change."""
-        if self._unit_BT1 is None:
-            assert self._documents_BT is not None
+        if not hasattr(self, "change"):
+            self._documents_BT = documents_BT
             squares_BT = x_BTD.detach().float().square().mean(-1)
-            tokens_BT = sum_by_text(torch.ones_like(squares_BT), self._documents_BT)
-            self._unit_BT1 = (sum_by_text(squares_BT, self._documents_BT) / tokens_BT).sqrt()[:, :, None]
+            tokens_BT = sum_by_text(torch.ones_like(squares_BT), documents_BT)
+            self._unit_BT1 = (sum_by_text(squares_BT, documents_BT) / tokens_BT).sqrt()[:, :, None]
             self.change = torch.zeros_like(x_BTD, dtype=torch.float32).requires_grad_()
         return x_BTD + self.change.to(x_BTD.dtype)
 
     @torch.no_grad()
     def climb(self, g_BTD: Tensor, step_size: float, epsilon: float) -> None:
         """One step along the gradient, no further from the start than epsilon."""
-        assert self._unit_BT1 is not None
         change_BTD = self.change / self._unit_BT1.clamp(min=torch.finfo(g_BTD.dtype).tiny)
         change_BTD = change_BTD + step_size * g_BTD / self._length(g_BTD)
         change_BTD = change_BTD * (epsilon / self._length(change_BTD)).clamp(max=1)
@@ -87,7 +76,6 @@ class _Embeddings:
 
     def _length(self, x_BTD: Tensor) -> Tensor:
         """Euclidean length of each text's part, [B, T, 1]; above 0."""
-        assert self._documents_BT is not None
         squares_BT = sum_by_text(x_BTD.square().sum(-1), self._documents_BT)
         return squares_BT.sqrt().clamp(min=torch.finfo(x_BTD.dtype).tiny)[:, :, None]
 
@@ -97,15 +85,3 @@ def sum_by_text(x_BT: Tensor, documents_BT: Tensor) -> Tensor:
     keys_BT = documents_BT - PADDING
     sums = x_BT.new_zeros(len(x_BT), int(keys_BT.max()) + 1).scatter_add(1, keys_BT, x_BT)
     return sums.gather(1, keys_BT)
-
-
-@contextmanager
-def _changeable(model: Transformer) -> Iterator[_Embeddings]:
-    embeddings = _Embeddings()
-    seeing = model.register_forward_pre_hook(embeddings.see, with_kwargs=True)
-    adding = model.embedding.register_forward_hook(embeddings.add)
-    try:
-        yield embeddings
-    finally:
-        seeing.remove()
-        adding.remove()

@@ -98,14 +98,26 @@ class EarlierConfig:
     replay_share: float = 0.0
     """Share of the training that goes to rows of it: of the rows, for conversations; of the loss, for a task."""
     held_out: Path | None = None
-    """To measure forgetting on: the rise of the loss on it, in nats per token, from before the training to after."""
+    """To measure forgetting on: how much the loss on it, in nats per token, rises from before training to after."""
     measured_rows: int = 128
     """Rows of it to measure."""
+    task_model: Path | None = None
+    """Model directory with a head, of a task that the model learnt before: how well that head does on this training's
+    model is measured before and after, on `task_data`."""
+    task_data: Path | None = None
+    """Labelled examples of that task, in the form that it was trained on."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"earlier.replay_share is {self.replay_share}; it has to be at least 0 and less than 1.")
         if self.replay_share and self.train is None:
             raise ValueError("earlier.replay_share needs earlier.train: what to learn from again.")
+        if (self.task_model is None) != (self.task_data is None):
+            raise ValueError("earlier.task_model and earlier.task_data go together: a head, and what to measure it on.")
         if self.measured_rows < 1:
             raise ValueError(f"earlier.measured_rows is {self.measured_rows}; it has to be at least 1.")
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is something to measure forgetting on."""
+        return self.held_out is not None or self.task_data is not None

@@ -1,6 +1,8 @@
 """Data that a model has learnt before: learning it again (replay), and measuring how much of it is forgotten."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,19 +86,29 @@ def with_replayed_loss(loss: Loss, earlier_loss: Loss, earlier: PackedRows, shar
 @torch.no_grad()
 def loss_on(model: Transformer, rows: PackedRows, num_rows: int) -> float:
     """Nats per token on the first rows of an epoch, at most `num_rows`; in evaluation mode."""
-    device, was_training = model.norm.weight.device, model.training
-    compute_dtype, model.compute_dtype = model.compute_dtype, None
-    model.eval()
+    device = model.norm.weight.device
     total, count = 0.0, 0
     limit = min(num_rows, rows.rows_per_epoch)
-    for start in range(0, limit, _MEASURED_AT_ONCE):
-        chosen = range(start, min(start + _MEASURED_AT_ONCE, limit))
-        part = causal_lm_loss(model, rows.batch(chosen).to(device))
-        total += part.total.item()
-        count += part.count
-    model.train(was_training)
-    model.compute_dtype = compute_dtype
+    with as_measured(model):
+        for start in range(0, limit, _MEASURED_AT_ONCE):
+            chosen = range(start, min(start + _MEASURED_AT_ONCE, limit))
+            part = causal_lm_loss(model, rows.batch(chosen).to(device))
+            total += part.total.item()
+            count += part.count
     return total / max(1, count)
+
+
+@contextmanager
+def as_measured(model: Transformer) -> Iterator[None]:
+    """In evaluation mode and in the parameters' own precision, for the time of a `with`."""
+    was_training, compute_dtype = model.training, model.compute_dtype
+    model.eval()
+    model.compute_dtype = None
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        model.compute_dtype = compute_dtype
 
 
 def bits_per_byte(nats_per_token: float, shards: TokenShards) -> float:

@@ -19,12 +19,15 @@ from puna.finetune.regularize.earlier import (
     with_replayed_loss,
     with_replayed_rows,
 )
+from puna.finetune.regularize.earlier_task import EarlierTask
 from puna.finetune.regularize.ewc import FISHER_FILE, diagonal_fisher, ewc_penalty, load_fisher, save_fisher
 from puna.finetune.regularize.rates import layer_rates
 from puna.finetune.selection import Measure
+from puna.finetune.tasks.head_files import has_head
 from puna.model.transformer import Transformer
 from puna.peft.method import Training
 from puna.runtime.devices import open_device
+from puna.runtime.errors import InputError
 from puna.runtime.manifest import content_hash
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
@@ -53,16 +56,24 @@ class Safeguards:
         self._rates, self.after_update = training.rates, training.after_update
         self._penalties = [training.penalty] if training.penalty is not None else []
         self._settings = config.regularization or RegularizationConfig()
-        self._earlier = config.earlier or EarlierConfig()
+        self._earlier = earlier = config.earlier or EarlierConfig()
         self._with_dropout = self._add_dropout()
         ewc = self._settings.ewc
-        paths = [self._earlier.train, self._earlier.held_out, ewc.fisher if ewc else None]
+        paths = [earlier.train, earlier.held_out, earlier.task_model, earlier.task_data, ewc.fisher if ewc else None]
         self.inputs = {str(path): content_hash(path) for path in paths if path is not None}
-        self._replayed = self._open(self._earlier.train, "earlier", tokenizer)
-        self._held_out = self._open(self._earlier.held_out, "earlier-held-out", tokenizer)
-        if ewc is None and self._held_out is None:
-            return
-        model.to(open_device(config.train.device, config.train.num_threads))
+        if (earlier.train or earlier.held_out) and has_head(config.model):
+            raise InputError(
+                f"{config.model} has a head and no projection to the vocabulary, so it has no loss of the next token. "
+                "Of what it learnt before, measure earlier.task_model on earlier.task_data, and hold on to it by "
+                "regularization.ewc.fisher."
+            )
+        self._replayed = self._open(earlier.train, "earlier", tokenizer)
+        self._held_out = self._open(earlier.held_out, "earlier-held-out", tokenizer)
+        self._task = None
+        if earlier.task_model is not None and earlier.task_data is not None:
+            self._task = EarlierTask(earlier.task_model, earlier.task_data)
+        if ewc is not None or earlier.is_measured:
+            model.to(open_device(config.train.device, config.train.num_threads))
         if ewc is not None:
             if ewc.fisher is not None:
                 information = load_fisher(ewc.fisher, model, content_hash(config.model))
@@ -71,8 +82,7 @@ class Safeguards:
                 num_rows = min(ewc.rows, self._replayed.rows_per_epoch)
                 information = diagonal_fisher(model, self._replayed, causal_lm_loss, num_rows)
             self._penalties.append(ewc_penalty(model, information, ewc.strength))
-        if self._held_out is not None:
-            self._before = loss_on(model, self._held_out, self._earlier.measured_rows)
+        self._before = self._measure(model)
 
     def _add_dropout(self) -> Callable[[Loss], Loss]:
         settings = self._settings
@@ -127,28 +137,38 @@ class Safeguards:
         return {name: by_layer.get(name, 1.0) * self._rates.get(name, 1.0) for name in names}
 
     def measuring(self, measure: Measure) -> Measure:
-        """The same, and the loss on earlier data."""
-        held_out = self._held_out
-        if held_out is None:
-            return measure
+        """The same, and what is left of what the model learnt before."""
 
         def both(model: Transformer, step: int) -> dict[str, float]:
-            return measure(model, step) | {EARLIER_LOSS: loss_on(model, held_out, self._earlier.measured_rows)}
+            return measure(model, step) | self._measure(model)
 
         return both
 
+    def _measure(self, model: Transformer) -> dict[str, float]:
+        measured = {} if self._task is None else self._task.measure(model)
+        if self._held_out is not None:
+            measured[EARLIER_LOSS] = loss_on(model, self._held_out, self._earlier.measured_rows)
+        return measured
+
     def results(self) -> dict[str, float]:
-        """The trained model's loss on earlier data beside that before training, for the manifest; says it too."""
-        if self._held_out is None:
-            return {}
-        before, after = self._before, loss_on(self._model, self._held_out, self._earlier.measured_rows)
-        results = {"earlier_loss_before": before, "earlier_loss_after": after, "forgetting": after - before}
-        say(f"On earlier data {before:.3f} nats per token before, {after:.3f} after: forgetting {after - before:+.3f}")
-        shards = self._held_out.shards
-        if shards.mask(0) is None:
-            bits = [bits_per_byte(nats, shards) for nats in (before, after)]
-            results |= {"earlier_bits_per_byte_before": bits[0], "earlier_bits_per_byte_after": bits[1]}
-            say(f"In bits per byte {bits[0]:.3f} before, {bits[1]:.3f} after")
+        """What the trained model has kept of what it learnt before, beside that before training, for the manifest; says
+        it too."""
+        results: dict[str, float] = {}
+
+        def note(name: str, before: float, after: float) -> None:
+            results.update({f"{name}_before": before, f"{name}_after": after})
+            say(f"{name.replace('_', ' ')}: {before:.4f} before training, {after:.4f} after")
+
+        after = self._measure(self._model)
+        for curve, value in after.items():
+            note(curve.replace("/", "_"), self._before[curve], value)
+        if self._held_out is not None:
+            nats = self._before[EARLIER_LOSS], after[EARLIER_LOSS]
+            results["forgetting"] = nats[1] - nats[0]
+            say(f"forgetting: {results['forgetting']:+.4f} nats per token")
+            shards = self._held_out.shards
+            if shards.mask(0) is None:
+                note("earlier_bits_per_byte", bits_per_byte(nats[0], shards), bits_per_byte(nats[1], shards))
         return results
 
     def save_fisher(self, rows: Rows, loss: Loss, directory: Path) -> None:

@@ -81,9 +81,9 @@ class Search:
         )
         self._define(base)
         self._selection = SelectionConfig(metric=config.metric, goal=config.goal)
-        # Trials are forked from a server that has imported what they need, once for all of them.
+        # Trials are forked from a server that has imported what they need, once for all; what is absent it leaves out.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([run_trial.__module__])
+        self._context.set_forkserver_preload([run_trial.__module__, "sklearn.metrics"])
         self._running: list[_Running] = []
 
     def _define(self, base: FinetuneConfig) -> None:

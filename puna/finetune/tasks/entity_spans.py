@@ -13,6 +13,11 @@ from puna.finetune.tasks.tags import Entity, Sentence, to_tags
 from puna.runtime.errors import InputError
 
 
+def word_spans(text: str, *, characters: bool) -> list[tuple[int, int]]:
+    """Where the words of a text begin and end: words and punctuation marks, or single characters."""
+    return [match.span() for match in re.finditer(r"\S" if characters else r"\w+|[^\w\s]", text)]
+
+
 def from_spans(
     row: Row, text: str, marked: Any, *, characters: bool, overlapping: Literal["refuse", "longest"]
 ) -> Sentence:
@@ -26,7 +31,7 @@ def from_spans(
     Raises:
         InputError: another form; or an entity that is not there, begins or ends inside a word, or goes over another.
     """
-    words = [match.span() for match in re.finditer(r"\S" if characters else r"\w+|[^\w\s]", text)]
+    words = word_spans(text, characters=characters)
     begins = {begin: number for number, (begin, _) in enumerate(words)}
     ends = {end: number + 1 for number, (_, end) in enumerate(words)}
     found: list[Entity] = []

@@ -142,6 +142,27 @@ def load_head_model(path: Path | str, *, dtype: torch.dtype | None = None) -> He
     return HeadModel(model.eval(), spec, attention, tokenizer)
 
 
+def has_head(path: Path | str) -> bool:
+    """Whether a model directory is one with a head in place of the projection to the vocabulary."""
+    file = Path(path) / CONFIG_FILE
+    return file.is_file() and any(name.endswith(tuple(_HEADS)) for name in read_json(file).get("architectures") or [])
+
+
+def load_trunk(path: Path | str, *, dtype: torch.dtype | None = None) -> Transformer:
+    """A model to put a head on: as `load_model` reads it, or what is below another head, which is then left behind.
+
+    What was below a head has no projection to the vocabulary of its own.
+
+    Raises:
+        InputError: see `load_model` and `load_head_model`.
+    """
+    if not has_head(path):
+        return load_model(path, dtype=dtype)
+    head = load_head_model(path, dtype=dtype)
+    delattr(head.model, head.spec.module)
+    return head.model
+
+
 def _put_on(model: Transformer, spec: HeadSpec) -> None:
     head = Linear(model.config.dim, len(spec.labels), bias=spec.bias)
     model.add_module(spec.module, head.to(model.embedding.weight.dtype))

@@ -26,8 +26,10 @@ _DIRECTION = re.compile(r"\(e[12],e[12]\)")
 
 @dataclass(frozen=True)
 class Relations(Task):
-    """Tell how two entities, marked in a sentence by <e1></e1> and <e2></e2>, are related; data in the form of
-    SemEval-2010 task 8, or a table."""
+    """Tell how two entities of a sentence are related, which <e1></e1> and <e2></e2> mark in it.
+
+    Data are tables, or files in the form of SemEval-2010 task 8.
+    """
 
     kind: Literal["relations"] = "relations"
     """This task's name."""

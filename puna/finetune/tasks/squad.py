@@ -14,6 +14,8 @@ from puna.runtime.errors import InputError
 class Question:
     """A question about a text."""
 
+    id: str
+    """What the file calls it."""
     where: str
     """File and id, for errors."""
     text: str
@@ -53,7 +55,7 @@ def _question(path: Path, context: str, asked: dict[str, Any], labelled: bool) -
     if not context.strip():
         raise InputError(f"{where}: the text is empty.")
     if not labelled or asked.get("is_impossible"):
-        return Question(where, asked["question"], context, [])
+        return Question(str(asked["id"]), where, asked["question"], context, [])
     answers = [(answer["answer_start"], answer["text"]) for answer in asked["answers"]]
     for begin, answer in answers:
         found = context[begin : begin + len(answer)]
@@ -61,4 +63,4 @@ def _question(path: Path, context: str, asked: dict[str, Any], labelled: bool) -
             raise InputError(
                 f"{where}: the answer is {answer!r}, but at answer_start ({begin}) the text has {found!r}."
             )
-    return Question(where, asked["question"], context, answers)
+    return Question(str(asked["id"]), where, asked["question"], context, answers)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from puna.batches.packing import IGNORE
 from puna.batches.tables import Row
-from puna.finetune.tasks.entity_spans import from_spans
+from puna.finetune.tasks.entity_spans import from_spans, word_spans
 from puna.finetune.tasks.tags import (
     Scheme,
     Sentence,
@@ -43,8 +43,11 @@ from puna.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class Tagging(Task):
-    """Tag words, such as those of named entities: CoNLL files, or tables with lists of words and tags, or with texts
-    and the places of entities (doccano, CLUENER)."""
+    """Tag words, such as those of named entities.
+
+    Data are CoNLL files, or tables with lists of words and tags, or with texts and the places of entities (doccano,
+    CLUENER).
+    """
 
     kind: Literal["tagging"] = "tagging"
     """This task's name."""
@@ -86,6 +89,10 @@ class Tagging(Task):
         return [
             Sentence([self._without_ending(word) for word in each.words], each.tags, each.places) for each in sentences
         ]
+
+    def split(self, text: str) -> list[str]:
+        """The words of a text that nobody has tagged: words and punctuation marks, or single characters."""
+        return [text[begin:end] for begin, end in word_spans(text, characters=not self.separator)]
 
     def _without_ending(self, word: str) -> str:
         """A word without its ending, unless that is all there is."""

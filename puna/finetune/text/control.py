@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from puna.batches.tables import Row
+from puna.finetune.predict import classify
 from puna.finetune.text.scores import Unit
 from puna.finetune.text.task import TextExample, TextTask, cell
 from puna.runtime.errors import InputError
@@ -15,8 +17,10 @@ OBEDIENCE = "validation/obedience"
 
 @dataclass(frozen=True)
 class Control(TextTask):
-    """Write texts that obey a control column, such as a sentiment or a length, written before them (CTRL, Keskar et al.
-    2019, arXiv:1909.05858, section 3)."""
+    """Write texts that obey what a control token before them says, such as a sentiment or a length.
+
+    As in CTRL (Keskar et al. 2019, arXiv:1909.05858, section 3).
+    """
 
     scored = (OBEDIENCE,)
 
@@ -36,6 +40,8 @@ class Control(TextTask):
     """What `opening` counts; characters for Chinese and its like."""
     rules: dict[str, str] = field(default_factory=dict)
     """Property -> regular expression that is found in the texts that have it. Measures how many answers obey."""
+    classifier: Path | None = None
+    """In place of rules, a directory of a classification by `puna finetune` whose classes are the properties."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +50,8 @@ class Control(TextTask):
         wanted = {self.control, "opening"} if self.opening else {self.control}
         if missing := sorted(wanted - {*self.prompt_columns()}):
             raise ValueError(f"The prompt {self.prompt!r} has no {{{missing[0]}}}, so the text cannot depend on it.")
+        if self.rules and self.classifier is not None:
+            raise ValueError("Set one of rules and classifier: by which it is judged whether a text obeys.")
         for name, rule in self.rules.items():
             try:
                 re.compile(rule)
@@ -52,8 +60,8 @@ class Control(TextTask):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """See `TextTask.metrics`; obedience where there are rules."""
-        return super().metrics if self.rules else super().metrics[:-1]
+        """See `TextTask.metrics`; obedience where something judges it."""
+        return super().metrics if self.rules or self.classifier else super().metrics[:-1]
 
     def file_columns(self) -> list[str]:
         """See `TextTask.file_columns`."""
@@ -76,10 +84,27 @@ class Control(TextTask):
 
     def scores(self, examples: Sequence[TextExample], answers: Sequence[str]) -> dict[str, float]:
         """The share of texts, their openings included, that obey."""
-        if not self.rules:
-            return {}
-        obeying = [
-            re.search(self.rules[example.values[self.control]], example.values["opening"] + answer) is not None
+        wanted = [example.values[self.control] for example in examples]
+        between = " " if self.unit == "words" else ""
+        texts = [
+            f"{example.values['opening']}{between}{answer}".strip()
             for example, answer in zip(examples, answers, strict=True)
         ]
+        if self.rules:
+            obeying = [re.search(self.rules[name], text) is not None for name, text in zip(wanted, texts, strict=True)]
+        elif self.classifier is not None:
+            # Nothing is of no class.
+            given = iter(classify(self.classifier, [text for text in texts if text]))
+            obeying = [bool(text) and next(given) == name for name, text in zip(wanted, texts, strict=True)]
+        else:
+            return {}
         return {OBEDIENCE: sum(obeying) / len(obeying)}
+
+    def check(self) -> None:
+        """See `TextTask.check`."""
+        if self.classifier is not None:
+            classify(self.classifier, [])
+
+    def other_inputs(self) -> list[Path]:
+        """See `TextTask.other_inputs`."""
+        return [] if self.classifier is None else [self.classifier]

@@ -107,6 +107,10 @@ class TextTask(ABC):
             InputError: a library is not installed, or a file is not there.
         """
 
+    def other_inputs(self) -> list[Path]:
+        """What `scores` reads beside the answers, for the manifest."""
+        return []
+
     def prompt_columns(self) -> list[str]:
         """The columns that the prompt names."""
         return [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]
@@ -143,11 +147,13 @@ class TextTask(ABC):
             )
         self.check()
         train, held_out = read_both(data, lambda path: list(self.rows(path, data.columns)))
-        files = [file for path in (data.train, data.held_out) if path is not None for file in self._files(path)]
+        files = self.other_inputs() + [
+            file for path in (data.train, data.held_out) if path is not None for file in self._files(path)
+        ]
         name = str(data.train)
         return OpenText(
             self._examples(train, tokenizer, row_length, name),
-            self._examples(held_out, tokenizer, row_length, f"what is held out of {name}"),
+            self._examples(held_out, tokenizer, row_length, str(data.held_out or f"what is held out of {name}")),
             files,
         )
 

@@ -13,7 +13,6 @@ import torch
 from puna.batches.packing import PackedRows
 from puna.batches.shards import ShardWriter, TokenShards
 from puna.config import to_plain
-from puna.finetune.adapters import adapt, save_tuned
 from puna.finetune.answers import answer
 from puna.finetune.config import FinetuneConfig, check_row_length
 from puna.finetune.regularize.agreement import token_divergence
@@ -21,6 +20,7 @@ from puna.finetune.regularize.safeguards import Safeguards
 from puna.finetune.selection import LOSS, Judge, Selector, check_selection
 from puna.finetune.text.task import PERPLEXITY, TextExample, TextTask
 from puna.model.transformer import Transformer
+from puna.peft.tuning import adapt, save_tuned
 from puna.runtime.files import atomic_path, write_jsonl, write_text
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
@@ -51,7 +51,7 @@ def tune_text(config: FinetuneConfig, task: TextTask, judge: Judge | None = None
         f"out; {rows.shards.num_targets:,} of {rows.shards.num_tokens:,} tokens supervised; "
         f"{train.steps * train.batch_rows / rows.rows_per_epoch:.2f} passes"
     )
-    training = adapt(model, config)
+    training = adapt(model, config.peft, config.train.steps, config.train.seed)
 
     def measure(model: Transformer, step: int) -> dict[str, float]:
         if held_out is None:
@@ -89,7 +89,15 @@ def tune_text(config: FinetuneConfig, task: TextTask, judge: Judge | None = None
         _write_report(config.output, metrics, opened.held_out, answers)
     facts |= safeguards.results()
     manifest = Manifest("finetune", to_plain(config), inputs, facts)
-    written = save_tuned(model, config, tokenizer, manifest)
+    written = save_tuned(
+        model,
+        config.peft,
+        config.output,
+        base_model=config.model,
+        tokenizer=tokenizer,
+        dtype=config.dtype,
+        manifest=manifest,
+    )
     safeguards.save_fisher(rows, plain_loss, written)
 
 

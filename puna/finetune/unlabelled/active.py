@@ -10,7 +10,7 @@ import torch
 from puna.batches.tables import read_table
 from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.unlabelled.choose import Diversity, Uncertainty, choose, uncertainty
-from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_task
+from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_classification
 from puna.runtime.devices import DeviceName, open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path
@@ -62,9 +62,9 @@ def main(config: ActiveConfig) -> None:
     Raises:
         InputError: the model is no such classification, or there is no text without a label.
     """
-    task, max_tokens = trained_task(config.model)
-    rows = read_unlabelled(config.data, config.columns, task)
     head = load_head_model(config.model, dtype=torch.float32)
+    task, max_tokens = trained_classification(head, config.model)
+    rows = read_unlabelled(config.data, config.columns, task)
     head.model.to(open_device(config.device))
     found = predict_rows(head, task, rows, max_tokens)
     labelled_MD = torch.empty(0, head.model.config.dim)

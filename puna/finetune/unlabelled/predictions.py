@@ -12,14 +12,13 @@ from torch import Tensor
 
 from puna.batches.packing import IGNORE
 from puna.batches.tables import Row, read_table
-from puna.config import parse_config
 from puna.finetune.tasks.classification import Classification, text_ids
 from puna.finetune.tasks.head_files import HeadModel
 from puna.finetune.tasks.task import Example, collate
+from puna.finetune.tasks.trained import trained_task
 from puna.kernels.attend import document_attend
 from puna.model.attend import Attend, DocumentAttend
 from puna.runtime.errors import InputError
-from puna.runtime.manifest import Manifest
 from puna.runtime.progress import progress
 
 _AT_ONCE = 32
@@ -37,21 +36,19 @@ class Predictions:
     """What the head read: the last hidden state of each text's last token, float32 on the CPU."""
 
 
-def trained_task(directory: Path) -> tuple[Classification, int]:
-    """What a head was trained to do, and the most tokens of a text, as its manifest tells.
+def trained_classification(head: HeadModel, directory: Path) -> tuple[Classification, int]:
+    """What a head was trained to do, and the most tokens of a text.
 
     Raises:
         InputError: it is no classification with one class for each text.
     """
-    values = Manifest.read(directory).config
-    task = values.get("task") or {}
-    if task.get("kind") != "classification" or task.get("problem") != "one_class":
+    task, max_tokens = trained_task(head, directory)
+    if type(task) is not Classification or task.problem != "one_class":
         raise InputError(
-            f"{directory} was not made by `puna finetune` for a classification with one class for each text, which is "
-            "what texts without labels can be read by here."
+            f"The head in {directory} was not trained for a classification with one class for each text, which is what "
+            "texts without labels are read for here."
         )
-    source = str(directory)
-    return parse_config(Classification, task, source), int(values["train"]["row_length"])
+    return task, max_tokens
 
 
 def read_unlabelled(path: Path, columns: Sequence[str], task: Classification) -> list[Row]:
