@@ -1,19 +1,19 @@
 """Instruction tuning with LoRA: tokens per second and peak memory of `puna finetune` beside trl's SFTTrainer with peft.
 
 The same model of random weights, the same conversations rendered to the same tokens, the same adapters (rank 16 on all
-linear maps of the layers), AdamW, gradient clipping, about as many tokens a step. Padding does not count as tokens. The
-other side gets its best settings: each variant in THEIRS is timed without gradient checkpointing, and the fastest counts:
-padded, padded in batches of like length, without padding, packed (`bfd`: conversations stay apart), and `wrapped`, whose
-rows mix conversations, which ours never does. Each run is a process of its own; the fastest of each side then runs twice
-more, in turn. Memory is a process's peak, libraries included.
+linear maps of the layers), AdamW, gradient clipping, about as many tokens a step. Padding does not count as tokens.
+The other side gets its best settings: each variant in THEIRS is timed without gradient checkpointing, and the fastest
+counts: padded, padded in batches of like length, without padding, packed (`bfd`: conversations stay apart), and
+`wrapped`, whose rows mix conversations, which ours never does. Each run is a process of its own; the fastest of each
+side then runs twice more, in turn. Memory is a process's peak, libraries included.
 
     python benchmarks/finetune_vs_trl.py [--conversations FILE] [--device cuda] [--quick] [--json]
 """
 
 import argparse
+import contextlib
 import json
 import logging
-import os
 import resource
 import statistics
 import subprocess
@@ -267,9 +267,9 @@ def main() -> None:
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
-        printed, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
-        found = measure(arguments.variant, arguments.folder, arguments.steps, arguments.device)
-        sys.stdout = printed
+        # What training says goes to the other stream; the figures are all that is read.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = measure(arguments.variant, arguments.folder, arguments.steps, arguments.device)
         print(json.dumps(found))
         return
     shapes = arguments.shapes or (CPU_SHAPES if arguments.device == "cpu" else GPU_SHAPES)

@@ -89,7 +89,7 @@ def write_preference_shards(
                 assert isinstance(preference, Preference)
                 strength = _NO_STRENGTH if preference.strength is None else preference.strength
                 for (ids, mask), rank in zip(documents, preference.ranks, strict=True):
-                    writer.add(ids, str(len(groups)), 0, mask)
+                    writer.add(ids, str(count), 0, mask)
                     groups.append((count, rank, strength))
                 advance()
         if not groups:

@@ -13,8 +13,8 @@ A column "strength" says how much better the first answer is than the second: on
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ Messages = list[dict[str, Any]]
 STRENGTHS = ("negligibly better", "slightly better", "better", "significantly better")
 """How much better, in the words of the Llama 2 paper (arXiv:2307.09288, section 3.2.1), the least first."""
 
-GOOD, BAD = 0, 1
-"""The rank of a judged answer."""
+GOOD, BAD, MISMATCHED = 0, 1, -1
+"""The rank of a judged answer, and of an answer to something else that stands beside it (`with_mismatched`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,14 @@ class Preference:
     answers: tuple[Messages, ...]
     """What may follow, the best first; one alone was judged by itself."""
     ranks: tuple[int, ...]
-    """Place of each answer, 0 being the best; of a judged one GOOD or BAD."""
+    """Place of each answer, 0 being the best; of a judged one GOOD or BAD, of one beside it MISMATCHED."""
     strength: int | None = None
     """How much better the first is than the second: an index into STRENGTHS."""
 
     @property
     def is_judged(self) -> bool:
-        """Whether there is one answer, with a judgement."""
-        return len(self.answers) == 1
+        """Whether there is an answer with a judgement, not several in order."""
+        return len(self.answers) == 1 or MISMATCHED in self.ranks
 
 
 def read_preferences(path: Path) -> Iterator[Preference | InputError]:
@@ -83,6 +83,20 @@ def to_preference(row: Row) -> Preference:
     if any(answer in preference.answers[:n] for n, answer in enumerate(preference.answers)):
         raise InputError(f"{row.where}: two answers are the same.")
     return preference
+
+
+def with_mismatched(preferences: Iterable[Preference | InputError]) -> Iterator[Preference | InputError]:
+    """To each judged answer the answer before it, which belongs to another prompt (that of the last to the first):
+    what KTO measures how far the model is from the reference on (arXiv:2402.01306, section 4.1)."""
+    everything = list(preferences)
+    judged = [each for each in everything if isinstance(each, Preference) and len(each.answers) == 1]
+    others = iter([*judged[-1:], *judged[:-1]])
+    for each in everything:
+        if isinstance(each, Preference) and len(each.answers) == 1:
+            other = next(others)
+            yield replace(each, answers=(*each.answers, *other.answers), ranks=(*each.ranks, MISMATCHED))
+        else:
+            yield each
 
 
 def _read(row: Row) -> Preference:

@@ -188,6 +188,12 @@ def _check_regularization(regularization: RegularizationConfig, config: Finetune
     ewc = regularization.ewc
     if ewc is not None and ewc.fisher is None and (config.earlier is None or config.earlier.train is None):
         raise ValueError("regularization.ewc needs ewc.fisher, or earlier.train to estimate it on.")
+    differs = regularization.drops or config.neftune_alpha or getattr(config.peft, "dropout", 0)
+    if regularization.rdrop and not differs:
+        raise ValueError(
+            "regularization.rdrop compares two passes under dropout: set residual_dropout, embedding_dropout, or the "
+            "dropout of peft."
+        )
     if regularization.drops and config.train.compile:
         raise ValueError("Dropout is drawn row by row, which train.compile cannot compile; leave one of them out.")
     checkpointing = config.train.parallel.activation_checkpointing != "none"

@@ -1,7 +1,6 @@
 """Instruction tuning: conversations of any form, packed side by side, only the assistant's tokens as targets."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -14,9 +13,10 @@ from puna.batches.shards import TokenShards
 from puna.config import to_plain
 from puna.finetune.answers import answer
 from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.learn import learn
 from puna.finetune.regularize.agreement import token_divergence
 from puna.finetune.regularize.safeguards import Safeguards
-from puna.finetune.selection import LOSS, Judge, Selector, check_selection
+from puna.finetune.selection import LOSS, Judge, check_selection
 from puna.model.transformer import Transformer
 from puna.parallel.mesh import is_first_process, wait_for_all
 from puna.peft.tuning import adapt, save_tuned
@@ -28,9 +28,7 @@ from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.chat import render_chat
 from puna.tokenizer.chat_template import builtin_template
 from puna.tokenizer.load import load_tokenizer
-from puna.train.loop import fit
 from puna.train.loss import causal_lm_loss
-from puna.train.metrics import read_metrics
 from puna.weights.load import load_model
 
 
@@ -55,26 +53,19 @@ def tune(config: FinetuneConfig, judge: Judge | None = None) -> None:
     paths = [config.model, *([config.conversations] if config.conversations else [])]
     inputs = {str(path): content_hash(path) for path in (*paths, *(source.conversations for source in config.mixture))}
     inputs |= safeguards.inputs
-    run = to_plain(config) | {"inputs": inputs}
-    measure = safeguards.measuring(partial(_write_samples, config, tokenizer))
-    selector = Selector(config.selection, config.output, measure, judge)
-    watch = selector if config.selection is not None or config.sample_prompts or config.earlier else None
-    result = fit(
+    samples = partial(_write_samples, config, tokenizer) if config.sample_prompts else None
+    facts = learn(
         model,
         training_rows,
         loss,
-        config.train,
-        config.output,
-        run,
-        held_out,
-        watch,
-        rates=safeguards.rates(),
-        after_update=safeguards.after_update,
+        config,
+        safeguards,
+        inputs,
+        held_out=held_out,
+        measure=samples,
+        judge=judge,
     )
-
-    model.compute_dtype = None
-    best = selector.restore_best(model, read_metrics(config.output / "metrics.jsonl"))
-    manifest = Manifest("finetune", to_plain(config), inputs, asdict(result) | best | safeguards.results())
+    manifest = Manifest("finetune", to_plain(config), inputs, facts | safeguards.results())
     if is_first_process():
         written = save_tuned(
             model,
@@ -136,13 +127,12 @@ def _announce(packed: list[PackedRows], config: FinetuneConfig) -> None:
 
 def _write_samples(config: FinetuneConfig, tokenizer: Tokenizer, model: Transformer, step: int) -> dict[str, float]:
     """Answer the sample prompts into a file of this step; draws no curve."""
-    if config.sample_prompts:
-        chats = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
-        prompts = [render_chat(tokenizer, chat, add_generation_prompt=True).ids for chat in chats]
-        answers = answer(model, tokenizer, prompts, config.sample_tokens, model.config.context_length)
-        lines = [
-            {"step": step, "prompt": prompt, "answer": each.text, "is_whole": each.is_whole}
-            for prompt, each in zip(config.sample_prompts, answers, strict=True)
-        ]
-        write_jsonl(config.output / "samples" / f"step-{step:08}.jsonl", lines)
+    chats = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
+    prompts = [render_chat(tokenizer, chat, add_generation_prompt=True).ids for chat in chats]
+    answers = answer(model, tokenizer, prompts, config.sample_tokens, model.config.context_length)
+    lines = [
+        {"step": step, "prompt": prompt, "answer": each.text, "is_whole": each.is_whole}
+        for prompt, each in zip(config.sample_prompts, answers, strict=True)
+    ]
+    write_jsonl(config.output / "samples" / f"step-{step:08}.jsonl", lines)
     return {}

@@ -63,11 +63,11 @@ def main(config: PredictConfig) -> None:
     task, max_tokens = trained_task(head, directory)
     match task:
         case Classification():
-            lines = of_texts(head, task, _rows(config, task.text), max_tokens)
+            lines = of_texts(head, task, new_rows(config.data, config.columns, task.text), max_tokens)
         case Relations():
             lines = of_texts(head, task.as_pairs(), task.read(config.data, config.columns), max_tokens)
         case Tagging():
-            lines = of_words(head, task, _sentences(config.data, task), max_tokens)
+            lines = of_words(head, task, new_sentences(config.data, task), max_tokens)
         case Spans():
             lines = of_questions(head, task, config.data, max_tokens)
         case _:
@@ -168,17 +168,30 @@ def _ask(head: HeadModel, texts: Sequence[list[int]]) -> list[Tensor]:
     return predict(head.model, examples, head.spec.module, head.attention, head.tokenizer.pad_id)
 
 
-def _rows(config: PredictConfig, column: str) -> Iterator[Row]:
-    if config.data.suffix == ".txt":
-        for number, line in text_lines(config.data):
+def new_rows(path: Path, columns: Sequence[str], column: str) -> Iterator[Row]:
+    """The rows of a table, or the lines of a .txt file as rows.
+
+    Args:
+        columns: names for the columns of tables without header.
+        column: what the lines' texts are called.
+
+    Raises:
+        InputError: see `read_table`.
+    """
+    if path.suffix == ".txt":
+        for number, line in text_lines(path):
             if line.strip():
-                yield Row(f"{config.data}, line {number}", {column: line.strip()})
+                yield Row(f"{path}, line {number}", {column: line.strip()})
     else:
-        yield from read_table(config.data, config.columns)
+        yield from read_table(path, columns)
 
 
-def _sentences(path: Path, task: Tagging) -> Iterator[Sentence]:
-    """Sentences, with tags or without; the tags are not looked at."""
+def new_sentences(path: Path, task: Tagging) -> Iterator[Sentence]:
+    """Sentences, with tags or without; the tags are not looked at.
+
+    Raises:
+        InputError: a row without words; see also `read_sentences`.
+    """
     if path.suffix == ".txt":
         for number, line in text_lines(path):
             if words := task.split(line):
@@ -186,9 +199,9 @@ def _sentences(path: Path, task: Tagging) -> Iterator[Sentence]:
     elif (path.with_suffix("") if path.suffix == ".gz" else path).suffix in SUFFIXES:
         for row in read_table(path):
             value = row.values.get(task.words)
-            words: Any = task.split(value) if isinstance(value, str) else value
-            if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+            listed: Any = task.split(value) if isinstance(value, str) else value
+            if not isinstance(listed, list) or not listed or not all(isinstance(word, str) and word for word in listed):
                 raise InputError(f"{row.where} has neither a text nor a list of words in its column {task.words!r}.")
-            yield Sentence(words, ["O"] * len(words), [row.where] * len(words))
+            yield Sentence(listed, ["O"] * len(listed), [row.where] * len(listed))
     else:
         yield from task.read(path)

@@ -114,13 +114,20 @@ def test_conll_is_read_and_written_with_tags(synonyms: Path, tmp_path: Path) -> 
 
 def test_importance_is_that_of_uda_by_hand(synonyms: Path) -> None:
     """TF-IDF 2/4 * 1, 1/4 * 4 and 0 (twice 'b'): C = 1, C - t = 0.5, 0, 0.5, 1; their mean is 0.5."""
-    rarity = {"b": 1.0, "c": 4.0, "a": 0.0}
-    chances = Synonyms(file=synonyms, share=0.2).chances(["b", "c", "b", "a"], rarity)
+    rarity, all_can = {"b": 1.0, "c": 4.0, "a": 0.0}, [True] * 4
+    method = Synonyms(file=synonyms, share=0.2)
+    chances = method.chances(["b", "c", "b", "a"], all_can, rarity)
     assert chances == pytest.approx([0.2, 0.0, 0.2, 0.4])
-    assert sum(chances) / 4 == pytest.approx(0.2)
-    assert Synonyms(file=synonyms, share=0.9).chances(["b", "c", "b", "a"], rarity)[3] == 1.0
-    assert Synonyms(file=synonyms, share=0.2, by_importance=False).chances(["b", "a"], rarity) == [0.2, 0.2]
-    assert Synonyms(file=synonyms, share=0.2).chances(["b", "b"], rarity) == [0.2, 0.2]
+    # 0.8 words of four are replaced on average; with two that can be their mean of C - t is 0.75.
+    chances = method.chances(["b", "c", "b", "a"], [True, False, False, True], rarity)
+    assert chances == pytest.approx([0.4 * 0.5 / 0.75, 0.0, 0.0, 0.4 / 0.75])
+    assert sum(chances) == pytest.approx(0.8)
+    assert Synonyms(file=synonyms, share=0.9).chances(["b", "c", "b", "a"], all_can, rarity)[3] == 1.0
+    alike = Synonyms(file=synonyms, share=0.2, by_importance=False)
+    assert alike.chances(["b", "a"], [True, True], rarity) == [0.2, 0.2]
+    assert alike.chances(["b", "a"], [True, False], rarity) == [0.4, 0.0]
+    assert method.chances(["b", "b"], [True, True], rarity) == [0.2, 0.2]
+    assert method.chances(["c"], [False], rarity) == [0.0]
 
 
 def test_words_alike_for_a_model(base_model: Path, tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ from puna.finetune.main import main as finetune
 from puna.finetune.tasks.classification import Classification
 from puna.finetune.tasks.head import add_head
 from puna.finetune.tasks.head_files import load_head_model, save_head_model
+from puna.finetune.tasks.relations import Relations
+from puna.finetune.tasks.spans import Spans
+from puna.finetune.tasks.tagging import Tagging
 from puna.finetune.tasks.task import Attention, HeadSpec
 from puna.infer.engine import Engine
 from puna.infer.sampling import SamplingParams
@@ -314,6 +317,27 @@ def test_tags_are_explained_word_by_word(base_model: Path, tmp_path: Path) -> No
     assert "nothing to explain" in nothing
 
 
+def test_relations_and_pairs_are_read_as_they_were_learnt(tokenizer: Tokenizer) -> None:
+    """The second text of a relation is its two entities; what is no pair, and other tasks, are refused."""
+    given = Texts(("the <e1>llama</e1> eats <e2>hay</e2>",))
+    [related] = read_texts(given, Relations(), tokenizer, 64)
+    pair = Texts((*given.given, "llama, hay"))
+    [paired] = read_texts(pair, Classification(second_text="other"), tokenizer, 64)
+    assert related.ids == paired.ids
+    with pytest.raises(InputError, match="reads pairs of texts: set second_text"):
+        read_texts(given, Classification(second_text="other"), tokenizer, 64)
+    for task in (Relations(), Tagging()):
+        with pytest.raises(InputError, match="one text, not a pair"):
+            read_texts(pair, task, tokenizer, 64)
+    with pytest.raises(InputError, match="classes and tags; this head is for spans"):
+        read_texts(given, Spans(), tokenizer, 64)
+    with pytest.raises(InputError, match="holds nothing to read"):
+        read_texts(Texts((" ",)), Tagging(), tokenizer, 64)
+    [cut] = read_texts(Texts(("a good city",)), Tagging(), tokenizer, 4)
+    assert len(cut.ids) == 4
+    assert len(cut.positions) == len(cut.words) < 3
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_virtual_tokens_are_no_text(classifier: Transformer, tokenizer: Tokenizer, kind: str) -> None:
     """Contributions add up with them; rollout is not shown."""
@@ -384,5 +408,8 @@ def test_what_cannot_be_explained_is_refused(sentiment: Path, tmp_path: Path, se
 def test_a_model_without_a_head_has_no_settings_for_one(base_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no head: leave head"):
         explain_page(tmp_path / "page.html", f"model={base_model}", "text=hay")
-    with pytest.raises(InputError, match=r"number of log-probabilities|leave logprobs"):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds an adapter of a model that writes\. Name"):
+        explain_page(tmp_path / "page.html", f"model={tmp_path}", "text=hay")
+    with pytest.raises(InputError, match="leave logprobs and prompt_logprobs"):
         explain_page(tmp_path / "page.html", f"model={base_model}", "text=hay", "generation.sampling.logprobs=2")

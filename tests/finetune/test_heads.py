@@ -285,6 +285,18 @@ def test_answers_that_do_not_stand_there(base_model: Path, tmp_path: Path) -> No
         tune(base_model, tmp_path, "spans", squad(tmp_path, ("a?", "Lima"), shift=1))
 
 
+def test_questions_with_misplaced_answers_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], real_data: Path
+) -> None:
+    found = list(read_squad(real_data / "tasks" / "cmrc2018" / "trial.json.gz", misplaced="leave_out"))
+    assert all(question.context[begin:].startswith(text) for question in found for begin, text in question.answers)
+    left_out = 1002 - len(found)
+    assert 0 < left_out < 10
+    assert f"{left_out:,} of 1,002 questions" in capsys.readouterr().err
+    with pytest.raises(InputError, match="holds no question whose answer stands where it should"):
+        list(read_squad(squad(tmp_path, ("a?", "Lima"), shift=1), misplaced="leave_out"))
+
+
 @given(st.lists(st.sampled_from(["a", "b", "the", "c,", "B"])), st.lists(st.sampled_from(["a", "b", "c", "d"])))
 def test_overlap_is_symmetric_and_one_for_equals(one: list[str], other: list[str]) -> None:
     first, second = " ".join(one), " ".join(other)

@@ -93,9 +93,20 @@ def test_a_training_with_everything_goes_on_to_the_same_bits(base_model: Path, d
     after = loss_on(load_model(tmp_path / "whole" / "model"), rows, 128)
     assert results["earlier_loss_after"] == pytest.approx(after, rel=1e-5)
     assert results["forgetting"] == pytest.approx(results["earlier_loss_after"] - results["earlier_loss_before"])
-    tokens_per_byte = rows.shards.num_tokens / rows.shards.num_bytes
+    tokens_per_byte = (rows.shards.num_tokens - 30) / rows.shards.num_bytes
     assert results["earlier_bits_per_byte_after"] == pytest.approx(after / 0.6931472 * tokens_per_byte, rel=1e-5)
     assert [point["earlier/loss"] for point in whole if "earlier/loss" in point][-1] > 0
+
+
+def test_rdrop_by_the_dropout_of_adapters(base_model: Path, data: Path, tmp_path: Path) -> None:
+    chats = [f"conversations={data / 'chats.jsonl'}", "peft.kind=lora", "peft.rank=2", "peft.dropout=0.3"]
+    found = [
+        tune(base_model, tmp_path / str(factor), *chats, f"regularization.rdrop={factor}", "train.steps=3")
+        for factor in (0.1, 10.0)
+    ]
+    mild, strong = ([point["train/loss"] for point in points] for points in found)
+    assert mild[0] == strong[0]  # B of LoRA is 0 at first, so that dropout changes nothing
+    assert mild[2] != strong[2]
 
 
 @pytest.mark.parametrize("more", [[], ["peft.kind=lora", "peft.rank=2", "peft.dropout=0.1"]])
@@ -197,7 +208,7 @@ def test_replay_beside_a_task_is_a_weighted_mean(base_model: Path, data: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["regularization.rdrop=1"], "set residual_dropout or embedding_dropout"),
+        (["regularization.rdrop=1"], "set residual_dropout, embedding_dropout, or"),
         (["regularization.residual_dropout=1"], "at least 0 and less than 1"),
         (["regularization.layer_decay=0"], "above 0 and at most 1"),
         (["regularization.adversary.steps=0"], "at least 1"),

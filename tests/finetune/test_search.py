@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 
 from puna.config import load_config, read_toml, render_values
 from puna.finetune.config import FinetuneConfig
+from puna.finetune.main import main as finetune
 from puna.finetune.search.config import ChoiceParameter, FloatParameter, SearchConfig
 from puna.finetune.search.main import main as search
 from puna.finetune.search.recipes import base_recipe, with_values
 from puna.finetune.search.study import Search
 from puna.runtime.errors import InputError
+from puna.runtime.files import write_jsonl
 from puna.train.metrics import read_metrics
 
 RATE = "train.optimizer.learning_rate"
@@ -199,7 +202,9 @@ def test_what_all_trials_share_is_refused_by_the_first(recipe: Path) -> None:
 def test_trials_that_cannot_be_done_are_noted(recipe: Path) -> None:
     """Five rows are no multiple of two; were all like that, the search would end."""
     odd = (ChoiceParameter(key="train.batch_rows", values=(5, 7)), ChoiceParameter(key="train.seed", values=(0, 1)))
-    config = plan(recipe, output=recipe.parent / "odd", parameters=odd, set=("train.micro_batch_rows=1",), trials=9)
+    config = plan(
+        recipe, output=recipe.parent / "odd", parameters=odd, settings={"train": {"micro_batch_rows": 1}}, trials=9
+    )
     broken = Search(config)
     broken.recipe["train"]["micro_batch_rows"] = 2
     with pytest.raises(
@@ -222,7 +227,7 @@ def test_wrong_settings_are_refused_before_the_first_trial(recipe: Path, tmp_pat
     negative = FloatParameter(key=RATE, low=-1, high=1)
     refused("learning_rate is -1", parameters=(negative,))
     refused("There is no recipe", recipe=tmp_path / "absent.toml")
-    refused("set train.validate_every", set=("train.validate_every=0",))
+    refused("set train.validate_every", settings={"train": {"validate_every": 0}})
 
 
 def test_a_setting_may_need_another(recipe: Path) -> None:
@@ -243,10 +248,36 @@ def test_a_setting_may_need_another(recipe: Path) -> None:
         ({"parameters": ()}, "nothing to search"),
         ({"parameters": (FloatParameter(key=RATE, low=1, high=2),) * 2}, "twice"),
         ({"parameters": (ChoiceParameter(key="output", values=("a", "b")),)}, "the search itself sets"),
-        ({"set": (f"{RATE}=1e-3",)}, "both in parameters and in set"),
+        ({"settings": {"train": {"optimizer": {"learning_rate": 1e-3}}}}, "both in parameters and in settings"),
         ({"trials": 0}, "at least 1"),
     ],
 )
 def test_searches_that_make_no_sense(recipe: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         plan(recipe, **changes)
+
+
+@pytest.mark.parametrize("kind", ["conversations", "text"])
+def test_what_is_not_a_head_can_be_ended_too(base_model: Path, tmp_path: Path, kind: str) -> None:
+    """At the second validation, by a judge who looks at the points of the curve."""
+    settings_ = [f"model={base_model}", f"output={tmp_path / 'out'}", "selection.metric=validation/loss"]
+    if kind == "text":
+        rows = [{"text": f"a llama {n} eats", "summary": "hay"} for n in range(6)]
+        settings_ += ["task.kind=summarisation", f"data.train={tmp_path / 'd.jsonl'}", "data.held_out_share=0.5"]
+        settings_ += ["task.target_tokens=16"]
+    else:
+        rows = [{"prompt": f"eat {n}?", "completion": "hay"} for n in range(6)]
+        settings_ += [f"conversations={tmp_path / 'd.jsonl'}", f"held_out_conversations={tmp_path / 'd.jsonl'}"]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    short = ["steps=6", "batch_rows=1", "micro_batch_rows=1", "row_length=96", "validate_every=2", "device=cpu"]
+    short += ["num_threads=1", "tensorboard=false", "schedule.warmup_steps=2"]
+    config = load_config(FinetuneConfig, None, [*settings_, *(f"train.{setting}" for setting in short)])
+    seen: list[int] = []
+
+    def judge(points: Sequence[Mapping[str, float]]) -> bool:
+        seen.append(len(points))
+        return len(points) == 2
+
+    finetune(config, judge)
+    assert seen == [0, 1, 2]
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["step"] == 4

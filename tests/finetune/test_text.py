@@ -102,7 +102,8 @@ def test_translations_are_learnt_and_transformers_gives_the_same(base_model: Pat
 def test_adapters_write_texts_too(base_model: Path, tmp_path: Path) -> None:
     rows = [("source", "target"), *zip(ENGLISH, GERMAN, strict=True)]
     data = write_csv(tmp_path / "data.csv", rows)
-    output = tune(base_model, tmp_path, "translation", data, "peft.kind=lora", "peft.rank=2", "train.steps=2", "data.held_out_share=0.4")
+    settings = ["peft.kind=lora", "peft.rank=2", "train.steps=2", "data.held_out_share=0.4"]
+    output = tune(base_model, tmp_path, "translation", data, *settings)
     assert (output / "adapter" / "adapter_config.json").exists()
     assert len(list(read_jsonl(output / "answers.jsonl"))) == 1
 
@@ -195,6 +196,8 @@ def test_scores_are_the_libraries() -> None:
         ("translation", ['task.prompt="{source} "'], [("source", "target")], "ends in a blank"),
         ("translation", ['task.prompt="{source"'], [("source", "target")], "cannot be read"),
         ("translation", ['task.prompt="source"'], [("source", "target")], "names no column"),
+        ("translation", ['task.prompt="{}"'], [("source", "target")], "names no column"),
+        ("translation", ['task.prompt="{source:>9}"'], [("source", "target")], "has a : or ! inside braces"),
         ("translation", [f'task.prompt="{"hay " * 60}{{source}}"'], [("source", "target"), ("x", "y")], "alone, with"),
         ("control", ['task.rules={x="("}'], [("label", "text")], "is no regular expression"),
         ("control", ['task.rules={x="a"}'], [("label", "text"), ("y", "b")], "line 2: task.rules has no rule for 'y'"),

@@ -97,7 +97,7 @@ def test_what_is_taken_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled, unlabelled and held-out texts, and a recipe."""
     folder = tmp_path_factory.mktemp("data")
     nouns = ["llama", "city", "herd", "hay", "Peru", "Lima"]
@@ -108,10 +108,10 @@ def data(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv.writer(file).writerows([("text", "id"), *((row["text"], n) for n, row in enumerate(rows[4:]))])
     (folder / "recipe.toml").write_text(
         f"""
-        model = "{base_model}"
+        model = "unused"
         output = "unused"
         task.kind = "classification"
-        data.train = "{folder / "labelled.jsonl"}"
+        data.train = "unused"
         data.held_out = "{folder / "held_out.jsonl"}"
         [train]
         steps = 24
@@ -130,11 +130,17 @@ def data(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(base_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of two rounds of self-training."""
     output = tmp_path_factory.mktemp("self") / "out"
-    pairs = [f"recipe={data / 'recipe.toml'}", f"unlabelled={data / 'texts.csv'}", f"output={output}", "threshold=0.6"]
-    self_train(load_config(SelfTrainConfig, None, [*pairs, "rounds=2"]))
+    pairs = [
+        f"recipe={data / 'recipe.toml'}",
+        f"model={base_model}",
+        f"labelled={data / 'labelled.jsonl'}",
+        f"unlabelled={data / 'texts.csv'}",
+        f"output={output}",
+    ]
+    self_train(load_config(SelfTrainConfig, None, [*pairs, "threshold=0.6", "rounds=2"]))
     return output
 
 
@@ -185,10 +191,10 @@ def test_predictions_are_those_of_the_head(data: Path, trained: Path) -> None:
 
 @pytest.mark.parametrize("diversity", ["none", "k_centre", "k_means"])
 def test_the_next_to_label(data: Path, trained: Path, tmp_path: Path, diversity: str) -> None:
-    pairs = [f"model={trained / 'model'}", f"data={data / 'texts.csv'}", f"output={tmp_path / 'next.csv'}", "count=3"]
+    pairs = [f"model={trained / 'model'}", f"data={data / 'texts.csv'}", f"output={tmp_path / 'next'}", "count=3"]
     labelled = [f"labelled={data / 'labelled.jsonl'}"] if diversity == "k_centre" else []
     active(load_config(ActiveConfig, None, [*pairs, f"diversity={diversity}", "uncertainty=entropy", *labelled]))
-    with (tmp_path / "next.csv").open(newline="") as file:
+    with (tmp_path / "next" / "to_label.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["text"] for row in rows}) == 3
     for row in rows:
@@ -198,12 +204,16 @@ def test_the_next_to_label(data: Path, trained: Path, tmp_path: Path, diversity:
         assert 0 <= float(row["entropy"]) <= 0.6932
         assert row["from"].startswith(str(data / "texts.csv"))
         assert row["id"].isdigit()
+    results = Manifest.read(tmp_path / "next").results
+    assert results["num_chosen"] == 3
+    if diversity == "none":
+        assert results["mean_entropy_of_chosen"] > results["mean_entropy"]
     # Filled in, it is data to train on; empty, it is data to choose from.
-    assert len(read_unlabelled(tmp_path / "next.csv", (), Classification())) == 3
+    assert len(read_unlabelled(tmp_path / "next" / "to_label.csv", (), Classification())) == 3
 
 
 def test_what_does_not_work(base_model: Path, data: Path, trained: Path, tmp_path: Path) -> None:
-    pairs = [f"data={data / 'texts.csv'}", f"output={tmp_path / 'next.csv'}"]
+    pairs = [f"data={data / 'texts.csv'}", f"output={tmp_path / 'next'}"]
     with pytest.raises(InputError, match="a model with a head is one of"):
         active(load_config(ActiveConfig, None, [f"model={base_model}", *pairs]))
     all_known = f"data={data / 'labelled.jsonl'}"
@@ -211,7 +221,6 @@ def test_what_does_not_work(base_model: Path, data: Path, trained: Path, tmp_pat
         active(load_config(ActiveConfig, None, [f"model={trained / 'model'}", all_known, pairs[1]]))
     for option, message in (
         ("count=0", "at least 1"),
-        ("output=next.txt", "has to end in .csv"),
         ("labelled=x", "is for diversity"),
     ):
         with pytest.raises(InputError, match=message):

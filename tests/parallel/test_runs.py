@@ -15,6 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from puna.batches.shards import ShardWriter
+from puna.pretrain.main import PretrainConfig
+from puna.pretrain.masking import Masking
+from puna.pretrain.objectives import CausalObjective, MaskedObjective, PairObjective
 from puna.runtime.files import write_jsonl
 from puna.runtime.manifest import Manifest
 from puna.tokenizer.load import load_tokenizer
@@ -98,8 +101,47 @@ def test_a_layout_that_does_not_fit_is_refused_on_every_process(
         assert message in text
 
 
+def make_tokens(folder: Path) -> None:
+    """Write `tokenizer` and, with documents that a model can learn, `tokens` into a folder."""
+    write_jsonl(folder / "docs.jsonl", [{"text": "llama " * 2000 + "".join(map(chr, range(32, 127)))}])
+    train_tokenizer(TokenizerConfig(documents=folder / "docs.jsonl", output=folder / "tokenizer", vocab_size=269))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokens = folder / "tokens"
+    tokens.mkdir()
+    generator = np.random.default_rng(0)
+    with ShardWriter(tokens, 320) as writer:
+        for number in range(60):
+            ids = [int((generator.integers(60) + t) % 60) for t in range(30)]
+            writer.add(ids, str(number), len(ids))
+    Manifest("tokenize", {}, {}, writer.results(tokenizer.hash)).write(tokens)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "pairs"),
+    [({"shard": 2}, True), pytest.param({"data": 2}, True, marks=pytest.mark.slow), ({"tensor": 2}, False)],
+)
+def test_several_objectives_under_a_layout(
+    agrees: Callable[..., Any], workers: ModuleType, tmp_path: Path, degrees: dict[str, int], pairs: bool
+) -> None:
+    """Copies of the trunk have rows of different objectives in each forward pass: one has a pair, the other none."""
+    make_tokens(tmp_path)
+    pair = (PairObjective(masking=Masking(), weight=5),) if pairs else ()
+    config = PretrainConfig(
+        tokens=tmp_path / "tokens",
+        tokenizer=tmp_path / "tokenizer",
+        held_out_tokens=tmp_path / "tokens",
+        output=tmp_path / "out",
+        model=replace(workers.MODEL, vocab_size=320),
+        objectives=(CausalObjective(), MaskedObjective(weight=2), *pair),
+        train=replace(workers.TRAIN, micro_batch_rows=1, row_length=32, validate_every=3),
+    )
+    outcome = agrees(workers.Case(pretrain=config).on(**degrees))
+    assert ("weight" in outcome.weights) == pairs, "the classifier of pairs"
+
+
 def puna(arguments: list[str], processes: int) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = torchrun if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "puna.cli", *arguments], capture_output=True, text=True, env=environment
@@ -109,21 +151,11 @@ def puna(arguments: list[str], processes: int) -> None:
 
 @pytest.mark.slow
 def test_pretrain_under_torchrun_writes_the_same_model(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "docs.jsonl", [{"text": "llama " * 2000 + "".join(map(chr, range(32, 127)))}])
-    train_tokenizer(TokenizerConfig(documents=tmp_path / "docs.jsonl", output=tmp_path / "tokenizer", vocab_size=269))
-    tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    with ShardWriter(folder, 320) as writer:
-        for number in range(60):
-            ids = [int((generator.integers(60) + t) % 60) for t in range(30)]
-            writer.add(ids, str(number), len(ids))
-    Manifest("tokenize", {}, {}, writer.results(tokenizer.hash)).write(folder)
+    make_tokens(tmp_path)
     settings = {
-        "tokens": f'"{folder}"',
+        "tokens": f'"{tmp_path / "tokens"}"',
         "tokenizer": f'"{tmp_path / "tokenizer"}"',
-        "held_out_tokens": f'"{folder}"',
+        "held_out_tokens": f'"{tmp_path / "tokens"}"',
         "model": "{vocab_size=320, dim=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, hidden_dim=48}",
         "train.steps": "3",
         "train.batch_rows": "8",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from puna.batches.packing import IGNORE, PADDING, TokenBatch
 from puna.model.config import LlamaConfig
@@ -25,6 +26,8 @@ from puna.model.transformer import Transformer
 from puna.parallel.config import ParallelConfig
 from puna.parallel.gather import gather_parameters
 from puna.parallel.mesh import build_mesh, is_first_process, joined_processes
+from puna.pretrain.main import PretrainConfig
+from puna.pretrain.main import main as pretrain
 from puna.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from puna.train.loop import fit, mean_loss, prepare
 from puna.train.loss import causal_lm_loss
@@ -70,6 +73,8 @@ class Case:
     """Mean length of a document; rows hold several, and end in padding."""
     output: Path | None = None
     """Train with `puna.train.loop.fit` into this folder, and not step by step."""
+    pretrain: PretrainConfig | None = None
+    """Do this instead with the layout of `train`, into a folder of its output that is named after `ranks`."""
 
     def on(self, **degrees: Any) -> "Case":
         """The same training on several processes."""
@@ -126,6 +131,9 @@ class SyntheticRows:
 def run(case: Case) -> Outcome | None:
     """Train as `puna.train.loop.fit` does; the outcome comes from the first rank."""
     with joined_processes("cpu"):
+        if case.pretrain is not None:
+            train = replace(case.pretrain.train, parallel=case.train.parallel)
+            return _pretrain(replace(case.pretrain, train=train, output=case.pretrain.output / str(case.ranks)))
         model = Transformer(case.model)
         initialize(model, 0)
         loss = partial(causal_lm_loss, z_loss=case.train.z_loss)
@@ -133,7 +141,8 @@ def run(case: Case) -> Outcome | None:
         if case.output is not None:
             defining = {"model": asdict(case.model), "train": asdict(case.train)}
             fit(model, rows, loss, case.train, case.output, defining, rows)
-            return _measured(case.output, model) if is_first_process() else None
+            weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+            return _measured(case.output, weights) if is_first_process() else None
         mesh = build_mesh(case.train.parallel, torch.device("cpu"))
         layout = prepare(model, case.train, torch.device("cpu"), mesh)
         state = TrainState(model, build_optimizers(model, case.train.optimizer), layout=layout)
@@ -155,14 +164,22 @@ def run(case: Case) -> Outcome | None:
         )
 
 
-def _measured(output: Path, model: Transformer) -> Outcome:
+def _pretrain(config: PretrainConfig) -> Outcome | None:
+    pretrain(config)
+    if not is_first_process():
+        return None
+    files = (config.output / "model").glob("*.safetensors")
+    return _measured(config.output, {name: value for file in files for name, value in load_file(file).items()})
+
+
+def _measured(output: Path, weights: dict[str, torch.Tensor]) -> Outcome:
     points = read_metrics(output / "metrics.jsonl")
     return Outcome(
         [point["train/loss"] for point in points],
         [point["train/grad_norm"] for point in points],
         [],
         points[-1]["validation/loss"],
-        {name: value.detach().clone() for name, value in model.named_parameters()},
+        weights,
     )
 
 

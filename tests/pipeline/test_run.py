@@ -212,13 +212,15 @@ def test_shipped_recipes_are_valid() -> None:
     """All are for `puna run`, save those of one stage."""
     folder = Path(__file__).parents[2] / "recipes"
     recipes = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.toml"))}
-    of_one_stage = {"plan.toml": "plan", "parallel.toml": "pretrain"}
+    of_one_stage = {"plan.toml": "plan", "parallel.toml": "pretrain", "search.toml": "search"}
     of_one_stage |= {name: "finetune" for name in recipes if name.startswith("finetune/")}
+    of_one_stage |= {name: "align" for name in recipes if name.startswith("align/")}
     assert of_one_stage.keys() < recipes.keys()
     for name, path in recipes.items():
         if name in of_one_stage:
             # What the recipe leaves to the user.
-            overrides = ["model=some"] if of_one_stage[name] == "finetune" else []
+            overrides = ["model=some"] if of_one_stage[name] in ("finetune", "align") else []
+            overrides += ["preferences=some"] if of_one_stage[name] == "align" else []
             overrides += ["conversations=some"] if name == "finetune/lora.toml" else []
             load_config(load_stage(of_one_stage[name])[0], path, overrides)
         else:

@@ -38,7 +38,7 @@ class Synonyms(Augmenter):
     """In place of a file, a model directory: alike are the words whose embeddings are. These are often opposites, too
     (good and bad), so look at what comes out, and put the words that decide the label into `protected`."""
     share: float = 0.15
-    """The mean chance of a word to be replaced, if it has synonyms."""
+    """Share of a text's words that is replaced on average, as far as so many have synonyms."""
     by_importance: bool = True
     """Replace words the likelier, the lower their TF-IDF in this data is: what tells this text from others stays. Else
     all are equally likely."""
@@ -112,33 +112,37 @@ class Synonyms(Augmenter):
         rarity = {word: math.log(len(texts) / count) for word, count in documents.items()}
 
         def replace(words: Sequence[str], generator: np.random.Generator, may: Callable[[int, str], bool]) -> list[str]:
-            chances = self.chances([word.lower() for word in words], rarity)
-            drawn = generator.random(len(words)) < np.asarray(chances)
+            others = [
+                [other for other in table.get(word.lower(), ()) if may(at, other)] for at, word in enumerate(words)
+            ]
+            chances = self.chances([word.lower() for word in words], list(map(bool, others)), rarity)
             fresh = list(words)
-            for at in np.flatnonzero(drawn).tolist():
-                allowed = [other for other in table.get(words[at].lower(), ()) if may(at, other)]
-                if allowed:
-                    fresh[at] = in_case_of(words[at], allowed[int(generator.integers(len(allowed)))])
+            for at in np.flatnonzero(generator.random(len(words)) < np.asarray(chances)).tolist():
+                fresh[at] = in_case_of(words[at], others[at][int(generator.integers(len(others[at])))])
             return fresh
 
         return replace
 
-    def chances(self, words: Sequence[str], rarity: Mapping[str, float]) -> list[float]:
-        """The chance of each word of a text to be replaced, `share` on average.
+    def chances(self, words: Sequence[str], replaceable: Sequence[bool], rarity: Mapping[str, float]) -> list[float]:
+        """The chance of each word of a text to be replaced. They add up to `share` of the words, where so many can be.
 
-        By importance it is min(share (C - t) / Z, 1), t being the word's TF-IDF, C the largest in the text and Z the
-        mean of C - t (UDA).
+        By importance it is min(p (C - t) / Z, 1), t being the word's TF-IDF, C the largest in the text, Z the mean of
+        C - t over the words that can be replaced (UDA), and p their mean chance.
 
         Args:
+            replaceable: which words have synonyms.
             rarity: each word's inverse document frequency.
         """
+        if not any(replaceable):
+            return [0.0] * len(words)
+        mean_chance = min(self.share * len(words) / sum(replaceable), 1.0)
         counts = Counter(words)
         scores = [counts[word] / len(words) * rarity[word] for word in words]
-        below = [max(scores) - score for score in scores] if scores else []
-        mean = sum(below) / len(below) if below else 0.0
+        below = [(max(scores) - score) * can for score, can in zip(scores, replaceable, strict=True)]
+        mean = sum(below) / sum(replaceable)
         if not self.by_importance or mean == 0:
-            return [self.share] * len(words)
-        return [min(self.share * distance / mean, 1.0) for distance in below]
+            return [mean_chance * can for can in replaceable]
+        return [min(mean_chance * distance / mean, 1.0) for distance in below]
 
 
 def read_synonyms(path: Path) -> dict[str, list[str]]:

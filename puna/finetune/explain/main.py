@@ -2,28 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from puna.config import parse_config
+import torch
+
 from puna.finetune.explain.generation import GenerationSettings, explain_generation
 from puna.finetune.explain.heads import HeadSettings, explain_head
 from puna.finetune.explain.show import show_generation, show_head
 from puna.finetune.explain.texts import Texts, read_texts
-from puna.finetune.tasks.classification import Classification
-from puna.finetune.tasks.head_files import HeadModel, load_head_model
-from puna.finetune.tasks.tagging import Tagging
+from puna.finetune.tasks.head_files import load_head_model
+from puna.finetune.tasks.trained import trained_task
 from puna.infer.generate import GenerateConfig, read_prompts
 from puna.infer.load import load_engine
+from puna.peft.files import CONFIG_FILE as ADAPTER_FILE
 from puna.runtime.devices import open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_json
-from puna.runtime.manifest import FILE_NAME, Manifest
 from puna.runtime.progress import progress, say
 from puna.weights.huggingface import CONFIG_FILE
 from puna.weights.load import resolve
-
-_TASKS: dict[str, type[Classification] | type[Tagging]] = {"classification": Classification, "tagging": Tagging}
-_OF_HEADS = {"ForSequenceClassification": "classification", "ForTokenClassification": "tagging"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,8 @@ class ExplainConfig:
     """Show which words a head's answer rests on; of a model without a head, how sure it is of each token it writes."""
 
     model: Path
-    """A directory that `puna finetune` wrote: of a classification or tagging (model/ or adapter/), or of any model that
-    writes."""
+    """A directory with a head for classes, relations or tags (model/ or adapter/, as `puna finetune` writes them), or
+    of any model that writes."""
     output: Path = Path("explanation.html")
     """The page to write."""
     text: str | None = None
@@ -71,6 +67,11 @@ def main(config: ExplainConfig) -> None:
     """
     directory = resolve(config.model)
     values = read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    if not values and (directory / ADAPTER_FILE).is_file():
+        raise InputError(
+            f"{config.model} holds an adapter of a model that writes. Name that model in its place, and the adapter by "
+            f"--set generation.engine.adapters.mine={config.model} --set generation.sampling.adapter=mine."
+        )
     architecture = str((values.get("architectures") or [""])[0])
     if architecture.endswith("ForCausalLM") or not architecture:
         _explain_generation(config)
@@ -83,32 +84,18 @@ def _explain_head(config: ExplainConfig, directory: Path) -> None:
     if config.generation is not None:
         raise InputError(f"{config.model} has a head, and writes no text: leave generation out.")
     settings = config.head or HeadSettings()
-    loaded = load_head_model(directory)
-    task, max_tokens = _task(loaded, directory)
+    loaded = load_head_model(directory, dtype=torch.float32)
+    task, max_tokens = trained_task(loaded, directory)
     given = tuple(text for text in (config.text, config.second_text) if text is not None)
     texts = Texts(given, config.data, config.columns, config.max_texts)
     asked = read_texts(texts, task, loaded.tokenizer, max_tokens)
-    model = loaded.model.to(open_device(settings.device)).float()
+    model = loaded.model.to(open_device(settings.device))
     explanations = []
     with progress("Explaining", total=len(asked)) as advance:
         for each in asked:
             explanations.append(explain_head(model, loaded.tokenizer, loaded.spec, loaded.attention, each, settings))
             advance()
     show_head(explanations, loaded.spec, loaded.attention, settings, model=config.model, destination=config.output)
-
-
-def _task(loaded: HeadModel, directory: Path) -> tuple[Classification | Tagging, int]:
-    """How the head's texts are read, and the most tokens of one: as it was trained, where the manifest tells."""
-    of_head = _OF_HEADS.get(loaded.spec.architecture)
-    if of_head is None:
-        raise InputError(f"What is explained are classes and tags, and the head is {loaded.spec.architecture}.")
-    recipe: dict[str, Any] = Manifest.read(directory).config if (directory / FILE_NAME).is_file() else {}
-    values = recipe.get("task") or {"kind": of_head}
-    if values["kind"] not in _TASKS:
-        raise InputError(f"What is explained are {' and '.join(_TASKS)}, and this head is for {values['kind']}.")
-    task = parse_config(_TASKS[values["kind"]], values, str(directory / FILE_NAME))
-    context = loaded.model.config.context_length
-    return task, min(context, recipe.get("train", {}).get("row_length", context))
 
 
 def _explain_generation(config: ExplainConfig) -> None:

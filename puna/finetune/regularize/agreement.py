@@ -41,7 +41,7 @@ def with_agreement(loss: Loss, factor: float, divergence: Divergence) -> Loss:
     Both passes are one forward over twice the rows, as in the paper's algorithm 1. `loss` calls the model once.
 
     Args:
-        loss: has to draw dropout by the row's number.
+        loss: has to drop other numbers for the second copy of a row.
         factor: alpha in the paper.
     """
 

@@ -72,9 +72,8 @@ def with_replayed_loss(loss: Loss, earlier_loss: Loss, earlier: PackedRows, shar
         part = loss(model, batch)
         if not model.training:
             return part
-        # A row that is there a second time (see `twice`) brings nothing.
-        own = [row for row in row_numbers(batch) if row >= 0]
-        chosen = [n for row in own for n in range(math.floor(row * factor), math.floor((row + 1) * factor))]
+        rows = row_numbers(batch)
+        chosen = [n for row in rows for n in range(math.floor(row * factor), math.floor((row + 1) * factor))]
         if not chosen:
             return part
         numbered = with_numbers(earlier.batch(chosen), torch.tensor(chosen)).to(batch.ids_BT.device)
@@ -112,6 +111,6 @@ def as_measured(model: Transformer) -> Iterator[None]:
 
 
 def bits_per_byte(nats_per_token: float, shards: TokenShards) -> float:
-    """The same loss in bits per byte, by the number of tokens that a byte of these shards has: all their tokens have to
-    be targets."""
-    return nats_per_token / math.log(2) * shards.num_tokens / shards.num_bytes
+    """The same loss in bits per byte, by the number of tokens that a byte of these shards has. All of their tokens have to
+    be targets, save the first of each document."""
+    return nats_per_token / math.log(2) * (shards.num_tokens - len(shards)) / shards.num_bytes

@@ -127,7 +127,7 @@ class Safeguards:
             loss = with_adversary(loss, settings.adversary)
         for penalty in self._penalties:
             loss = with_penalty(loss, penalty)
-        return (NumberedRows(rows) if alpha or settings.drops else rows), loss
+        return (NumberedRows(rows) if alpha or settings.drops or settings.rdrop else rows), loss
 
     def rates(self) -> dict[str, float]:
         """Factors of learning rates, by parameter; call it when the head is on the model."""

@@ -1,10 +1,10 @@
 """The settings of `puna search`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from puna.config import Kinds
 from puna.finetune.selection import LOSS
@@ -145,8 +145,8 @@ class SearchConfig:
     goes on if it was interrupted."""
     parameters: tuple[Annotated[Parameter, Kinds("parameter", PARAMETERS)], ...]
     """The settings that are searched, and what they may be."""
-    set: tuple[str, ...] = ()
-    """Other settings that differ from the recipe, such as "data.train=mine.csv"."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Other settings that differ from the recipe, by name: settings.data.train="mine.csv"."""
     metric: str = LOSS
     """What is compared: a curve that validations draw, such as "validation/loss", or "validation/f1" of a task. The
     best value of a trial counts, and its model is kept as it was then."""
@@ -172,11 +172,20 @@ class SearchConfig:
             raise ValueError("There is nothing to search: name at least one setting in parameters.")
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise ValueError(f"parameters has {twice[0]} twice.")
-        overridden = [override.partition("=")[0].strip() for override in self.set]
+        overridden = list(dotted_keys(self.settings))
         for key in (*keys, *overridden):
             if key in _OURS:
-                raise ValueError(f"{key} is what the search itself sets; leave it out of parameters and set.")
+                raise ValueError(f"{key} is what the search itself sets; leave it out of parameters and settings.")
         if both := [key for key in keys if key in overridden]:
-            raise ValueError(f"{both[0]} is both in parameters and in set; leave one of them out.")
+            raise ValueError(f"{both[0]} is both in parameters and in settings; leave one of them out.")
         if self.trials < 1 or self.workers < 1:
             raise ValueError("trials and workers have to be at least 1.")
+
+
+def dotted_keys(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The keys of values that are no tables, as --set takes them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from dotted_keys(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"

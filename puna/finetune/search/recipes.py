@@ -26,8 +26,7 @@ def base_recipe(config: SearchConfig) -> tuple[Recipe, FinetuneConfig]:
     Raises:
         InputError: the recipe cannot be read; or it, or an extreme, is wrong.
     """
-    recipe = read_toml(config.recipe)
-    apply_overrides(recipe, config.set)
+    recipe = _merged(read_toml(config.recipe), config.settings)
     selection = recipe.get("selection", {})
     if not isinstance(selection, dict):
         raise InputError(f"{config.recipe}: selection is {selection!r}; it has to be a table.")
@@ -41,6 +40,17 @@ def base_recipe(config: SearchConfig) -> tuple[Recipe, FinetuneConfig]:
             source = f"{config.recipe}, with {parameter.key} = {json.dumps(value)}"
             _one_right([with_values(recipe, own), with_values(recipe, first | own)], source)
     return recipe, base
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe:
+    """Values with changes; tables are merged, all else is replaced."""
+    merged = dict(values)
+    for key, change in changes.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(change, Mapping):
+            change = _merged(before, change)
+        merged[key] = change
+    return merged
 
 
 def _one_right(recipes: Sequence[Recipe], source: str) -> FinetuneConfig:

@@ -49,14 +49,14 @@ def print_search(search: Search) -> None:
     ended.sort(key=lambda trial: _value(trial), reverse=config.goal == "highest")
     table = Table(title=f"The best of {len(search.finished)} trials", title_justify="left")
     for column in ("trial", config.metric, *search.distributions):
-        table.add_column(column, justify="right")
+        table.add_column(column.replace(".", ".\n"), justify="right", overflow="fold")
     for trial in ended[:_SHOWN]:
         values = [_number(trial.params[key]) for key in search.distributions]
         table.add_row(str(trial.number), f"{_value(trial):.4f}", *map(Text, values))
     console = Console()
     console.print(table)
     for key, share in importances(search).items():
-        console.print(f"{key}: {share:.0%} of what settings explain", highlight=False)
+        console.print(f"{key}: {share:.0%} of what settings explain, by {len(ended)} trials", highlight=False)
     say(f"Best recipe: {config.output / 'best.toml'}. Page: {config.output / 'search.html'}")
 
 

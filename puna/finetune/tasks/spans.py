@@ -41,6 +41,8 @@ class Spans(Task):
     """Longer answers are not given."""
     unit: Literal["words", "characters"] = "words"
     """What the overlap of answers (F1) is counted in: characters for Chinese and its like."""
+    misplaced: Literal["refuse", "leave_out"] = "refuse"
+    """Where an answer does not stand at its place in the text: refuse the file, or leave the question out."""
     attention: Attention = "bidirectional"
     """Whether a token of the trunk sees everything, or only what is before it, as it was pretrained (`causal`)."""
 
@@ -61,7 +63,7 @@ class OpenSpans(OpenTask):
 
     def __init__(self, task: Spans, data: TaskData, tokenizer: Tokenizer, max_tokens: int) -> None:
         self.task, self.attention = task, task.attention
-        questions, self.questions = read_both(data, lambda path: list(read_squad(path)))
+        questions, self.questions = read_both(data, lambda path: list(read_squad(path, misplaced=task.misplaced)))
         self.train = [example for example, _ in windows(questions, tokenizer, max_tokens, task.overlap)]
         held_out = list(windows(self.questions, tokenizer, max_tokens, task.overlap))
         self.held_out = [example for example, _ in held_out]

@@ -4,10 +4,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from puna.batches.tables import text_lines
 from puna.runtime.errors import InputError
+from puna.runtime.progress import say
+
+
+class MisplacedError(InputError):
+    """An answer does not stand in the text where it should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +31,14 @@ class Question:
     """(first character in the context, answer); none where the text does not answer."""
 
 
-def read_squad(path: Path, *, labelled: bool = True) -> Iterator[Question]:
+def read_squad(
+    path: Path, *, labelled: bool = True, misplaced: Literal["refuse", "leave_out"] = "refuse"
+) -> Iterator[Question]:
     """The questions of a file in the form of SQuAD.
 
     Args:
         labelled: whether there have to be answers; they are not looked at otherwise.
+        misplaced: what becomes of questions whose answers do not stand where they should.
 
     Raises:
         InputError: another form; no question; or an answer does not stand where it should, with the question's id.
@@ -38,16 +46,25 @@ def read_squad(path: Path, *, labelled: bool = True) -> Iterator[Question]:
     text = "".join(line for _, line in text_lines(path))
     try:
         articles = json.loads(text)["data"]
-        count = 0
+        count = left_out = 0
         for article in articles:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
                     count += 1
-                    yield _question(path, paragraph["context"], asked, labelled)
+                    try:
+                        yield _question(path, paragraph["context"], asked, labelled)
+                    except MisplacedError:
+                        if misplaced == "refuse":
+                            raise
+                        left_out += 1
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not in the form of SQuAD (data, paragraphs, qas, answers): {error!r}.") from error
-    if not count:
-        raise InputError(f"{path} holds no question.")
+    if count == left_out:
+        raise InputError(f"{path} holds no question{' whose answer stands where it should' if count else ''}.")
+    if left_out:
+        say(
+            f"{left_out:,} of {count:,} questions in {path} have answers that do not stand where they should: left out."
+        )
 
 
 def _question(path: Path, context: str, asked: dict[str, Any], labelled: bool) -> Question:
@@ -60,7 +77,8 @@ def _question(path: Path, context: str, asked: dict[str, Any], labelled: bool) -
     for begin, answer in answers:
         found = context[begin : begin + len(answer)]
         if not answer or found != answer:
-            raise InputError(
-                f"{where}: the answer is {answer!r}, but at answer_start ({begin}) the text has {found!r}."
+            raise MisplacedError(
+                f"{where}: the answer is {answer!r}, but at answer_start ({begin}) the text has {found!r}. Correct it, "
+                "or set task.misplaced=leave_out."
             )
     return Question(str(asked["id"]), where, asked["question"], context, answers)

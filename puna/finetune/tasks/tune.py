@@ -1,8 +1,7 @@
 """Training of a head on a task's examples, or of several at once, and what is written in the end."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +9,10 @@ from torch import Tensor
 from puna.batches.packing import TokenBatch
 from puna.config import to_plain
 from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.learn import learn
 from puna.finetune.regularize.agreement import Seen
 from puna.finetune.regularize.safeguards import Safeguards
-from puna.finetune.selection import LOSS, Judge, Selector, check_selection
+from puna.finetune.selection import LOSS, Judge, check_selection
 from puna.finetune.tasks.head import add_head, head_logits, open_tasks, predict
 from puna.finetune.tasks.head_files import load_trunk, save_head_adapter, save_head_model
 from puna.finetune.tasks.several import OpenSeveral
@@ -26,9 +26,7 @@ from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
-from puna.train.loop import fit
 from puna.train.loss import LossSum
-from puna.train.metrics import read_metrics
 
 
 def tune_task(config: FinetuneConfig, judge: Judge | None = None) -> None:
@@ -67,24 +65,17 @@ def tune_task(config: FinetuneConfig, judge: Judge | None = None) -> None:
     rows = opened.rows(tokenizer.pad_id, train.seed)
     held_out = ExampleRows(opened.held_out, tokenizer.pad_id, 0) if opened.held_out else None
     training_rows, safeguarded = safeguards.around_task(rows, loss, divergence, opened.units_per_row)
-    selector = Selector(config.selection, config.output, safeguards.measuring(measure), judge)
-    run = to_plain(config) | {"inputs": inputs}
-    result = fit(
+    facts = learn(
         model,
         training_rows,
         safeguarded,
-        train,
-        config.output,
-        run,
-        held_out,
-        selector,
-        rates=safeguards.rates(),
-        after_update=safeguards.after_update,
+        config,
+        safeguards,
+        inputs,
+        held_out=held_out,
+        measure=measure,
+        judge=judge,
     )
-
-    model.compute_dtype = None
-    facts: dict[str, Any] = asdict(result) | selector.restore_best(model, read_metrics(config.output / "metrics.jsonl"))
-    model.eval()
     if opened.held_out:
         logits = predict(model, opened.held_out, spec.module, opened.attention, tokenizer.pad_id)
         metrics, report = opened.measure(logits)

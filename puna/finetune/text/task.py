@@ -77,7 +77,9 @@ class TextTask(ABC):
             raise ValueError(
                 f"The prompt {self.prompt!r} cannot be read ({error}); {{{{ and }}}} are braces."
             ) from error
-        if not columns:
+        if any(spec or conversion for _, _, spec, conversion in Formatter().parse(self.prompt)):
+            raise ValueError(f"The prompt {self.prompt!r} has a : or ! inside braces; there is only room for a column.")
+        if not columns or "" in columns:
             raise ValueError(f"The prompt {self.prompt!r} names no column; write {{column}} where its content belongs.")
         if self.prompt.endswith(" "):
             raise ValueError(

@@ -3,10 +3,8 @@ generated greedily to measure on."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,9 +13,10 @@ from puna.batches.shards import ShardWriter, TokenShards
 from puna.config import to_plain
 from puna.finetune.answers import answer
 from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.learn import learn
 from puna.finetune.regularize.agreement import token_divergence
 from puna.finetune.regularize.safeguards import Safeguards
-from puna.finetune.selection import LOSS, Judge, Selector, check_selection
+from puna.finetune.selection import LOSS, Judge, check_selection
 from puna.finetune.text.task import PERPLEXITY, TextExample, TextTask
 from puna.model.transformer import Transformer
 from puna.peft.tuning import adapt, save_tuned
@@ -26,9 +25,7 @@ from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
-from puna.train.loop import fit
 from puna.train.loss import causal_lm_loss
-from puna.train.metrics import read_metrics
 from puna.weights.load import load_model
 
 _ROWS_AT_ONCE = 32
@@ -64,24 +61,17 @@ def tune_text(config: FinetuneConfig, task: TextTask, judge: Judge | None = None
     plain_loss = partial(causal_lm_loss, z_loss=train.z_loss)
     training_rows, loss = safeguards.around_tokens(rows, plain_loss, token_divergence)
     inputs = {str(path): content_hash(path) for path in (config.model, *opened.files)} | safeguards.inputs
-    run = to_plain(config) | {"inputs": inputs}
-    selector = Selector(config.selection, config.output, safeguards.measuring(measure), judge)
-    result = fit(
+    facts = learn(
         model,
         training_rows,
         loss,
-        train,
-        config.output,
-        run,
-        held_out,
-        selector,
-        rates=safeguards.rates(),
-        after_update=safeguards.after_update,
+        config,
+        safeguards,
+        inputs,
+        held_out=held_out,
+        measure=measure,
+        judge=judge,
     )
-
-    model.compute_dtype = None
-    facts: dict[str, Any] = asdict(result) | selector.restore_best(model, read_metrics(config.output / "metrics.jsonl"))
-    model.eval()
     if held_out is not None:
         answers = _answers(model, tokenizer, opened.held_out, task.target_tokens, train.row_length)
         metrics = {PERPLEXITY: perplexity(model, held_out), **task.scores(opened.held_out, answers)}

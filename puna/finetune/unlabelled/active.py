@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from puna.batches.tables import read_table
+from puna.config import to_plain
 from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.unlabelled.choose import Diversity, Uncertainty, choose, uncertainty
 from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_classification
 from puna.runtime.devices import DeviceName, open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path
+from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
+
+TO_LABEL_FILE = "to_label.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +30,8 @@ class ActiveConfig:
     data: Path
     """A table with the columns that it was trained on; rows that have a label already are left out."""
     output: Path
-    """A .csv file to write: the chosen rows with an empty column for the label, which `data.train` of `puna finetune`
-    takes when it is filled in, and what the model says of them."""
+    """Folder; gets to_label.csv, the chosen rows with an empty column for the label, which `data.train` of `puna
+    finetune` takes when it is filled in, and what the model says of them; and puna.json."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a .csv or .tsv file that has no header."""
     labelled: Path | None = None
@@ -50,8 +54,6 @@ class ActiveConfig:
     def __post_init__(self) -> None:
         if self.count < 1 or self.candidates < 1:
             raise ValueError("count and candidates have to be at least 1.")
-        if self.output.suffix != ".csv":
-            raise ValueError(f"output is {self.output}; it has to end in .csv.")
         if self.labelled is not None and self.diversity != "k_centre":
             raise ValueError('labelled is for diversity = "k_centre".')
 
@@ -96,19 +98,29 @@ def main(config: ActiveConfig) -> None:
                 "from": row.where,
             }
         )
-    _write_csv(config.output, lines, task.label)
-    mean, chosen_mean = unsure_N.mean(), unsure_N[chosen].mean()
+    paths = (config.model, config.data, *([config.labelled] if config.labelled else []))
+    results = {
+        "num_texts": len(rows),
+        "num_chosen": len(lines),
+        f"mean_{config.uncertainty}": unsure_N.mean().item(),
+        f"mean_{config.uncertainty}_of_chosen": unsure_N[chosen].mean().item(),
+    }
+    with atomic_path(config.output) as folder:
+        folder.mkdir()
+        _write_csv(folder / TO_LABEL_FILE, lines)
+        Manifest("active", to_plain(config), {str(path): content_hash(path) for path in paths}, results).write(folder)
     say(
-        f"{len(lines):,} of {len(rows):,} texts to label; {config.uncertainty} {chosen_mean:.3f} on average, "
-        f"{mean:.3f} of all texts. Fill in the column {task.label!r} of {config.output}."
+        f"{len(lines):,} of {len(rows):,} texts to label; {config.uncertainty} {unsure_N[chosen].mean():.3f} on "
+        f"average, {unsure_N.mean():.3f} of all texts. Fill in the column {task.label!r} of "
+        f"{config.output / TO_LABEL_FILE}."
     )
 
 
-def _write_csv(path: Path, lines: list[dict[str, Any]], label: str) -> None:
+def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for line in lines for name in line))
     if odd := [name for line in lines for name, value in line.items() if isinstance(value, list | dict)]:
         raise InputError(f"The column {odd[0]!r} has lists, which a .csv file cannot hold; leave it out of the data.")
-    with atomic_path(path) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(lines)

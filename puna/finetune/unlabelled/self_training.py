@@ -39,6 +39,10 @@ class SelfTrainConfig:
     output: Path
     """Folder; gets round-0/ (without such texts), round-1/, ..., each an output of `puna finetune` with the examples it
     learnt from in examples.jsonl, and model/, the best by accuracy on held-out data, or else the last."""
+    model: Path | None = None
+    """Model directory to start from, in place of the recipe's."""
+    labelled: Path | None = None
+    """The labelled examples, in place of the recipe's `data.train`."""
     set: tuple[str, ...] = ()
     """Settings of the recipe to change, as with --set: "train.steps=100"."""
     columns: tuple[str, ...] = ()
@@ -153,7 +157,8 @@ def take(guesses: Sequence[Guess], threshold: float, shares: Counter[str] | None
 
 
 def _recipe(config: SelfTrainConfig, number: int, *more: str) -> FinetuneConfig:
-    settings = [*config.set, f"output={config.output / f'round-{number}'}", *more]
+    own = {"model": config.model, "data.train": config.labelled, "output": config.output / f"round-{number}"}
+    settings = [*config.set, *(f"{key}={path}" for key, path in own.items() if path is not None), *more]
     return load_config(FinetuneConfig, config.recipe, settings)
 
 
