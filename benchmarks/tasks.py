@@ -11,6 +11,7 @@ seconds, and nothing else; --busy notes it. --write puts the table between the m
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 from figures import command_line, figure, hardware, show
 from task_baselines import baseline
 from task_data import DATA_SETS, DataSet, read_slice, write_slices
+
+from puna.runtime.manifest import content_hash
 
 
 class Method(NamedTuple):
@@ -54,6 +57,8 @@ METHODS = {
 """By the names of rows. Muon is for the model's own matrices; learning rates are those usual for a method, times ten,
 for small models bear large steps."""
 BASELINE = "baseline"
+Cells = dict[tuple[str, str], dict[str, Any]]
+"""By data set and method."""
 STEPS = 200
 NUM_TRAIN, NUM_HELD_OUT = 1000, 500
 MARKERS = ("<!-- table of benchmarks/tasks.py -->", "<!-- end of the table -->")
@@ -155,27 +160,33 @@ def in_own_process(*arguments: Any) -> dict[str, Any]:
     return found
 
 
-def read_cells(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Cells that are done, by data set and method."""
+def fingerprint(trunk: str, data_set: DataSet, method: str) -> str:
+    """Changes with all that a cell's figure follows from; `trunk` is the hash of the model."""
+    slices = (NUM_TRAIN, NUM_HELD_OUT, data_set.form, data_set.task)
+    how = (trunk, STEPS, METHODS[method], data_set.row_length, data_set.rows) if method != BASELINE else ()
+    return hashlib.sha256(repr((slices, how)).encode()).hexdigest()[:16]
+
+
+def read_cells(path: Path, trunk: str) -> Cells:
+    """Cells that are done, by data set and method, without those of another trunk or other settings."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    cells = [json.loads(line) for line in lines]
-    return {(cell["set"], cell["method"]): cell for cell in cells}
+    done = {(cell["set"], cell["method"]): cell for cell in map(json.loads, lines)}
+    now = {(each.name, method): fingerprint(trunk, each, method) for each, method in wanted([], [])}
+    return {key: cell for key, cell in done.items() if cell["fingerprint"] == now.get(key)}
 
 
-def table(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """Three tables in Markdown: the figures, what a method costs, and of what the sets are."""
+def table(cells: Cells) -> str:
+    """Two tables in Markdown: the figures, and what each method costs."""
     sets = [each for each in DATA_SETS if any(name == each.name for name, _ in cells)]
     methods = [m for m in (BASELINE, *METHODS) if any(method == m for _, method in cells)]
     lines = [f"| | {' | '.join(each.name for each in sets)} |", "| --- |" + " --- |" * len(sets)]
     lines += [f"| *metric* | {' | '.join(f'*{each.metric_title}*' for each in sets)} |"]
     for method in methods:
         found = [cells.get((each.name, method)) for each in sets]
-        lines += [f"| {method} | {' | '.join(_number(cell, sets, cells) for cell in found)} |"]
-    lines += [
-        "",
-        "Trained parameters (the head's among them), peak memory beyond the libraries, and seconds of training:",
-        "",
-    ]
+        lines += [f"| {method} | {' | '.join(_number(cell, cells) for cell in found)} |"]
+    busy = "; others used the machine meanwhile" if any(cell["busy"] for cell in cells.values()) else ""
+    costs = "Trained parameters (the head's among them), peak memory beyond the libraries', and seconds of training"
+    lines += ["", f"{costs} on one thread{busy}, over all sets:", ""]
     lines += ["| | trained parameters | optimiser | peak MB | seconds |", "| --- |" + " --- |" * 4]
     for method in (m for m in methods if m != BASELINE):
         of_method = [cell for (_, name), cell in cells.items() if name == method]
@@ -187,7 +198,7 @@ def table(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _number(cell: dict[str, Any] | None, sets: list[DataSet], cells: dict[tuple[str, str], dict[str, Any]]) -> str:
+def _number(cell: dict[str, Any] | None, cells: Cells) -> str:
     """In percent; bold where it is at least the baseline's."""
     if cell is None:
         return ""
@@ -219,7 +230,7 @@ def wanted(sets: list[str], methods: list[str]) -> Iterator[tuple[DataSet, str]]
 
 
 def main() -> None:
-    parser = command_line(__doc__, "one set, three cells, 10 steps, on a model of random weights: under 50 s")
+    parser = command_line(__doc__, "one set, three cells, ten steps; nothing is kept: under 50 s")
     parser.add_argument("--model", type=Path, default=Path("runs/trunk/pretrain/model"), help="the trunk")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/tasks"), help="folder of public task data")
     parser.add_argument("--output", type=Path, default=Path("runs/tasks"), help="gets cells.jsonl")
@@ -231,14 +242,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.sets, arguments.methods = ["SST-2"], [BASELINE, "full", "lora"]
-    done = {} if arguments.quick else read_cells(arguments.output / "cells.jsonl")
+    trunk = content_hash(arguments.model)
+    done = {} if arguments.quick else read_cells(arguments.output / "cells.jsonl", trunk)
     started = time.monotonic()
     for data_set, method in wanted(arguments.sets, arguments.methods):
         if (data_set.name, method) in done:
             continue
         if time.monotonic() - started > 60 * arguments.minutes:
             break
-        cell = measure(arguments, data_set, method)
+        cell = measure(arguments, data_set, method) | {"fingerprint": fingerprint(trunk, data_set, method)}
         done[data_set.name, method] = cell
         report(cell, done, arguments.json)
         if not arguments.quick:
@@ -260,7 +272,7 @@ def measure(arguments: argparse.Namespace, data_set: DataSet, method: str) -> di
     return {"set": data_set.name, "method": method, **found, "busy": arguments.busy, "hardware": hardware()}
 
 
-def report(cell: dict[str, Any], done: dict[tuple[str, str], dict[str, Any]], as_json: bool) -> None:
+def report(cell: dict[str, Any], done: Cells, as_json: bool) -> None:
     """Say what a cell has given, beside the baseline."""
     standard = done.get((cell["set"], BASELINE))
     theirs = None if standard is None or cell["method"] == BASELINE else standard["value"]

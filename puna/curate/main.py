@@ -1,7 +1,6 @@
 """`puna curate`: sources and steps to a folder of documents, a held-out part of them, and what became of the rest."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -22,7 +21,7 @@ from puna.curate.engine.run import Progress, Settings, Source, plan, run
 from puna.curate.engine.task import HeldOut
 from puna.curate.steps import AnyReader, AnyStep
 from puna.runtime.errors import InputError
-from puna.runtime.files import atomic_path
+from puna.runtime.files import atomic_path, only_process
 from puna.runtime.manifest import Manifest
 from puna.runtime.progress import console, say
 
@@ -169,14 +168,7 @@ def _sources(config: CurateConfig) -> list[Source]:
 @contextlib.contextmanager
 def _alone_in(work: Path) -> Iterator[None]:
     """Make sure that no other process writes to the same place; clear away what a killed one left half-written."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"Another puna curate is at work in {work}; wait for it, or name another output."
-            ) from error
+    with only_process(work, "puna curate"):
         for scratch in work.rglob(".*.tmp-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         yield

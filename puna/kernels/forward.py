@@ -80,7 +80,8 @@ class NativeMap:
     Attributes:
         weights: float32 or bfloat16 [N, K]; int8 [N, K]; or int32 [N, K / 8] of integers of 4 bits, packed as
             `puna.compress.integers.pack` does. With integers, activations are rounded to 8 bits, token by token.
-        scales: with integers, [N, G], float32 or bfloat16; G is 1 or K / 32 with 8 bits; K / 32, K / 64 or K / 128 with 4.
+        scales: with integers, [N, G], float32 or bfloat16; G is 1 or K / 32 with 8 bits, and K / 32, K / 64 or K / 128
+            with 4.
         bias: [N].
     """
 

@@ -1,6 +1,7 @@
 """Files that are either there and whole, or not there at all."""
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import json
@@ -32,6 +33,28 @@ def atomic_path(destination: Path) -> Iterator[Path]:
         fresh.replace(destination)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_process(folder: Path, command: str) -> Iterator[None]:
+    """Make sure that no other process works in a folder while the block runs; it is made if it is absent.
+
+    Args:
+        folder: gets the file `lock`.
+        command: what the processes are, for the message.
+
+    Raises:
+        InputError: another one is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"Another {command} is at work in {folder}; wait for it, or name another output."
+            ) from error
+        yield
 
 
 def write_text(destination: Path, text: str) -> None:

@@ -135,7 +135,7 @@ def test_captum_attributes_the_same_in_transformers(
 ) -> None:
     """The same model read by transformers, its embeddings integrated by captum in 128 points.
 
-    Both are float32: probabilities agree within about 1e-6, and a text's attributions with them.
+    No contribution can be further off than all of them together may be; beside that there is rounding in float32.
     """
     captum = pytest.importorskip("captum.attr")
     from transformers import LlamaForSequenceClassification
@@ -151,7 +151,7 @@ def test_captum_attributes_the_same_in_transformers(
         head_function(classifier, ids, CLASSES, attention, targets), x_TD, baseline_TD, tolerance=1e-4
     )
     assert ours.complete_K.all()
-    assert ours.values_KT.abs().max() > 1e-3
+    assert ours.values_KT.abs().max() > 0.01
 
     def forward(embeddings: Tensor) -> Tensor:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
@@ -162,7 +162,8 @@ def test_captum_attributes_the_same_in_transformers(
     reference = captum.IntegratedGradients(forward)
     for label in range(3):
         values = reference.attribute(x_TD[None], baseline_TD[None], target=label, n_steps=128, method="gausslegendre")
-        torch.testing.assert_close(ours.values_KT[label].float(), values[0].sum(-1).float(), atol=1e-5, rtol=1e-3)
+        tolerance = float(ours.bounds_K[label]) + 1e-5
+        torch.testing.assert_close(ours.values_KT[label], values[0].sum(-1).double(), atol=tolerance, rtol=0)
 
 
 @settings(max_examples=20, deadline=None)

@@ -22,7 +22,7 @@ from puna.finetune.search.main import main as search
 from puna.finetune.search.recipes import base_recipe, with_values
 from puna.finetune.search.study import Search
 from puna.runtime.errors import InputError
-from puna.runtime.files import write_jsonl
+from puna.runtime.files import only_process, write_jsonl
 from puna.train.metrics import read_metrics
 
 RATE = "train.optimizer.learning_rate"
@@ -197,6 +197,12 @@ def test_what_all_trials_share_is_refused_by_the_first(recipe: Path) -> None:
     with pytest.raises(InputError, match=r"Trial 0 could not start. selection.metric is 'validation/f7', but what"):
         search(config)
     assert not outcomes(replace(config, metric="validation/loss"))
+
+
+def test_two_searches_at_once_are_refused(recipe: Path) -> None:
+    config = plan(recipe, output=recipe.parent / "twice")
+    with only_process(config.output, "puna search"), pytest.raises(InputError, match="Another puna search is at work"):
+        search(config)
 
 
 def test_trials_that_cannot_be_done_are_noted(recipe: Path) -> None:

@@ -119,8 +119,10 @@ def test_the_table_is_made_in_pieces(
     page = tmp_path / "page.md"
     page.write_text(f"before\n{tasks.MARKERS[0]}\nold\n{tasks.MARKERS[1]}\nafter\n")
 
+    (tmp_path / "trunk").write_text("one trunk")
+
     def run(*options: str) -> None:
-        options = ("--output", str(tmp_path), "--sets", "SST-2", "MRPC", *options)
+        options = ("--output", str(tmp_path), "--model", str(tmp_path / "trunk"), "--sets", "SST-2", "MRPC", *options)
         monkeypatch.setattr(sys, "argv", ["tasks.py", *options])
         tasks.main()
 
@@ -138,6 +140,10 @@ def test_the_table_is_made_in_pieces(
     assert "| baseline | 50.0 | 50.0 |" in text
     assert "| full | **60.0** | **60.0** |" in text
     assert "| lora | 40.0 | 40.0 |" in text
+
+    (tmp_path / "trunk").write_text("another trunk")
+    run("--methods", "baseline", "full")
+    assert ran[6:] == [("SST-2", "full"), ("MRPC", "full")], "only the baseline does not follow from the trunk"
 
 
 def test_a_cell_that_fails_says_why(bench: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.batches.tables import Row, parallel_files, read_parallel
@@ -139,6 +139,7 @@ def test_control_decides_what_is_written(base_model: Path, tmp_path: Path) -> No
     assert task.scores(examples, [text for _, text in texts]) == {"validation/obedience": 0.0}
 
 
+@settings(max_examples=40)
 @given(st.lists(st.text("ab \n\t。", min_size=1).filter(str.strip), min_size=1, max_size=3), st.integers(0, 5))
 def test_an_opening_and_its_rest_are_the_text(texts: list[str], opening: int) -> None:
     for unit in ("words", "characters"):

@@ -57,7 +57,7 @@ class Attributions:
         return self.gaps_K <= self.bounds_K
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Part:
     """A part of the way from the baseline, at 0, to the text, at 1."""
 

@@ -111,6 +111,6 @@ def as_measured(model: Transformer) -> Iterator[None]:
 
 
 def bits_per_byte(nats_per_token: float, shards: TokenShards) -> float:
-    """The same loss in bits per byte, by the number of tokens that a byte of these shards has. All of their tokens have to
-    be targets, save the first of each document."""
+    """The same loss in bits per byte, by the number of tokens that a byte of these shards has; all of them have to be
+    targets, save the first of each document."""
     return nats_per_token / math.log(2) * (shards.num_tokens - len(shards)) / shards.num_bytes

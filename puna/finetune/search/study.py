@@ -4,6 +4,8 @@ Optuna decides (samplers, pruners) and keeps the books (study.db); only this pro
 their own (`puna.finetune.search.trial`) and report their validations through a pipe.
 """
 
+import contextlib
+import math
 import multiprocessing
 import shutil
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from puna.finetune.search.trial import Ended, Failed, Validated, run_trial
 from puna.finetune.selection import SelectionConfig
 from puna.runtime.devices import available_cores
 from puna.runtime.errors import InputError
+from puna.runtime.files import only_process
 from puna.runtime.manifest import content_hash
 from puna.runtime.seeds import derive_seed
 from puna.train.metrics import read_metrics
@@ -128,17 +131,19 @@ class Search:
             told: called after each trial that is over.
 
         Raises:
-            InputError: a trial shows that something given is wrong, whatever its values; or none runs to its end.
+            InputError: a trial shows that something given is wrong, whatever its values; none runs to its end; or
+                another process is at this search.
             RuntimeError: a trial cannot start, and it is a fault of ours.
         """
-        interrupted = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        waiting = [Trial(self.study, trial._trial_id) for trial in interrupted]
-        try:
-            self._run(waiting, told)
-        finally:
-            for running in self._running:
-                running.process.terminate()
-                running.process.join()
+        with only_process(self.config.output, "puna search"):
+            interrupted = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            waiting = [Trial(self.study, trial._trial_id) for trial in interrupted]
+            try:
+                self._run(waiting, told)
+            finally:
+                for running in self._running:
+                    running.process.terminate()
+                    running.process.join()
         if self.best is None:
             raise self._none_ended()
 
@@ -207,7 +212,8 @@ class Search:
                     running.trial.report(value, number)
                 running.num_reported = max(running.num_reported, len(values))
                 running.pruned = running.trial.should_prune()
-                running.pipe.send(running.pruned)
+                with contextlib.suppress(BrokenPipeError):  # it has died since, as the next message will say
+                    running.pipe.send(running.pruned)
                 return False
             case Failed():
                 running.failure = message
@@ -225,7 +231,8 @@ class Search:
                     # So that the same output can be used once that is mended.
                     optuna.delete_study(study_name=self.study.study_name, storage=self._storage)
                 error = InputError if failure.by_input else RuntimeError
-                raise error(f"Trial {trial.number} could not start. {failure.reason}")
+                log = self.folder(trial.number) / "log.txt"
+                raise error(f"Trial {trial.number} could not start. {failure.reason} Its log is {log}.")
             self._fail(trial, failure.reason)
         elif running.pruned:
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -234,7 +241,10 @@ class Search:
             number = self._selection.best(points)
             assert number is not None, "validations draw the metric"
             value = [point[self.config.metric] for point in points if self.config.metric in point][number]
-            self.study.tell(trial, value)
+            if math.isnan(value):
+                self._fail(trial, f"{self.config.metric} is no number")
+            else:
+                self.study.tell(trial, value)
 
     def _fail(self, trial: Trial, reason: str) -> None:
         trial.set_user_attr(REASON, reason)
