@@ -115,8 +115,9 @@ def run_cell(
 
 def num_trained(config: Any) -> int:
     """How many parameters such a run trains, the head's among them."""
-    from puna.finetune.tasks.head import add_head, open_tasks
+    from puna.finetune.tasks.head import open_tasks
     from puna.finetune.text.task import TextTask
+    from puna.peft.heads import add_head
     from puna.peft.tuning import adapt
     from puna.tokenizer.load import load_tokenizer
     from puna.weights.load import load_model

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from puna.align.config import AlignConfig
 from puna.align.losses import DPO
 from puna.align.preference import PreferenceWatch, preference_loss, token_logprobs
-from puna.batches.preference_rows import PreferenceRows, write_preference_shards
-from puna.batches.preferences import read_preferences, with_mismatched
-from puna.batches.shards import TokenShards
+from puna.align.rows import check_row_length, open_rows, open_tokenizer
+from puna.batches.preference_rows import PreferenceRows
 from puna.config import to_plain
 from puna.model.transformer import Transformer
 from puna.parallel.mesh import joined_processes
@@ -24,9 +23,6 @@ from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, read_json, write_json
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import progress, say
-from puna.tokenizer.base import Tokenizer
-from puna.tokenizer.chat_template import builtin_template
-from puna.tokenizer.load import load_tokenizer
 from puna.train.loop import fit
 from puna.train.loss import with_penalty
 from puna.weights.load import load_model
@@ -47,23 +43,20 @@ def main(config: AlignConfig) -> None:
 
 def _align(config: AlignConfig) -> None:
     train = config.train
-    tokenizer = load_tokenizer(config.model)
-    if config.chat_template != "keep":
-        tokenizer.chat_template = builtin_template(config.chat_template)
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"The model in {config.model} has no chat template; choose one with --set chat_template=llama3."
-        )
+    tokenizer = open_tokenizer(config.model, config.chat_template)
     model = load_model(config.model, dtype=torch.float32)
-    if train.row_length > model.config.context_length:
-        raise InputError(
-            f"train.row_length ({train.row_length:,}) is longer than the model's context "
-            f"({model.config.context_length:,})."
-        )
-    rows = _rows(config, tokenizer, config.preferences, "train", train.seed)
+    check_row_length(train.row_length, model)
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "row_length": train.row_length,
+        "judged": config.loss.judged,
+        "formatting": config.formatting,
+        "leave_out": config.leave_out,
+    }
+    rows = open_rows(config.preferences, config.output / "tokens" / "train", seed=train.seed, **options)
     held_out = None
     if config.held_out_preferences is not None:
-        held_out = _rows(config, tokenizer, config.held_out_preferences, "held_out", 0)
+        held_out = open_rows(config.held_out_preferences, config.output / "tokens" / "held_out", seed=0, **options)
     say(
         f"{rows.num_groups:,} prompts in {rows.rows_per_epoch:,} rows; "
         f"{train.steps * train.batch_rows / rows.rows_per_epoch:.2f} passes"
@@ -95,11 +88,11 @@ def _align(config: AlignConfig) -> None:
     )
     model.compute_dtype = None
     model.eval()
-    facts = asdict(result)
+    facts: dict[str, Any] = asdict(result)
     if watch is not None:
-        measured = watch.of(model)
+        measured, report = watch.of(model)
         facts |= measured
-        say("; ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in measured.items()))
+        say(report)
     save_tuned(
         model,
         config.peft,
@@ -109,22 +102,6 @@ def _align(config: AlignConfig) -> None:
         dtype=config.dtype,
         manifest=Manifest("align", to_plain(config), inputs, facts),
     )
-
-
-def _rows(config: AlignConfig, tokenizer: Tokenizer, path: Path, name: str, seed: int) -> PreferenceRows:
-    destination = config.output / "tokens" / name
-    preferences = read_preferences(path)
-    write_preference_shards(
-        with_mismatched(preferences) if config.loss.judged else preferences,
-        tokenizer,
-        destination,
-        config.train.row_length,
-        judged=config.loss.judged,
-        formatting=config.formatting,
-        leave_out=config.leave_out,
-    )
-    shards = TokenShards(destination, tokenizer.hash)
-    return PreferenceRows(shards, config.train.row_length, seed, tokenizer.pad_id)
 
 
 def _ask_reference(config: AlignConfig, model: Transformer, asked: list[PreferenceRows]) -> None:

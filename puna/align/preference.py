@@ -3,13 +3,13 @@
 Shapes: B rows, T tokens, D model dimension, N answers, P pairs.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from puna.align.losses import KTO, Answers, PairLoss, PreferenceLoss
+from puna.align.watch import HeldOutWatch
 from puna.batches.packing import IGNORE, PADDING, TokenBatch
 from puna.batches.preference_rows import PreferenceBatch, PreferenceRows
 from puna.batches.preferences import BAD, GOOD, MISMATCHED
@@ -17,7 +17,6 @@ from puna.kernels.attend import document_attend
 from puna.model.transformer import Linear, Transformer
 from puna.train.cross_entropy import linear_logprobs
 from puna.train.loss import Loss, LossSum
-from puna.train.state import TrainState
 
 
 def token_logprobs(model: Transformer, batch: TokenBatch) -> Tensor:
@@ -106,48 +105,31 @@ def _kto(settings: KTO, judged: Judged) -> Tensor:
     return settings(judged.answers.at(own_N), judged.ranks_N[own_N] == GOOD, divergence).sum()
 
 
-class PreferenceWatch:
-    """The `puna.train.loop.Watch` of alignment: how often, and by how much, the model prefers what people prefer.
+class PreferenceWatch(HeldOutWatch):
+    """How often, and by how much, the model prefers what people prefer.
 
     Args:
         settings: the loss, whose rewards are compared.
-        held_out: what to measure on.
-        num_rows: at most so many rows of it.
+        held_out, num_rows: see `HeldOutWatch`.
     """
 
     def __init__(self, settings: PreferenceLoss, held_out: PreferenceRows, num_rows: int) -> None:
-        self.settings, self.held_out, self.num_rows = settings, held_out, min(num_rows, held_out.rows_per_epoch)
+        super().__init__(held_out, num_rows)
+        self.settings = settings
 
-    @torch.no_grad()
-    def measure(
-        self, state: TrainState, point: Mapping[str, float], earlier: Sequence[Mapping[str, float]]
-    ) -> dict[str, float]:
-        """See `Watch.measure`."""
-        state.model.eval()
-        found = self.of(state.model)
-        state.model.train()
-        return found
-
-    @torch.no_grad()
-    def of(self, model: Transformer) -> dict[str, float]:
-        """Measure a model as it is."""
-        device = model.embedding.weight.device
-        parts = []
-        for row in range(self.num_rows):
-            batch = self.held_out.batch([row]).to(device)
-            assert isinstance(batch, PreferenceBatch)
-            parts.append(self._of_batch(judge(batch, token_logprobs(model, batch))))
-        names = parts[0].keys()
-        values = {name: torch.cat([part[name] for part in parts]) for name in names}
-        return {f"validation/{name}": float(value.nanmean()) for name, value in values.items()}
+    def _measure(self, model: Transformer) -> tuple[dict[str, float], list[str]]:
+        parts = [self._of_batch(judge(batch, token_logprobs(model, batch))) for batch in self._batches(model)]
+        return {name: float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}, []
 
     def _of_batch(self, judged: Judged) -> dict[str, Tensor]:
         """Values to take the mean of."""
         answers = judged.answers
         if isinstance(self.settings, KTO):
             rewards_N = self.settings.beta * answers.log_ratio_N
-            good_N, bad_N = rewards_N[judged.ranks_N == GOOD], rewards_N[judged.ranks_N == BAD]
-            return {"reward_of_good": good_N, "reward_of_bad": bad_N}
+            return {
+                "reward_of_good": rewards_N[judged.ranks_N == GOOD],
+                "reward_of_bad": rewards_N[judged.ranks_N == BAD],
+            }
         assert isinstance(self.settings, PairLoss)
         better_P, worse_P, _ = judged.pairs()
         rewards_N = self.settings.rewards(answers)
@@ -158,7 +140,3 @@ class PreferenceWatch:
             "chosen_logprob": answers.mean_N[judged.ranks_N == 0],
             "rejected_logprob": answers.mean_N[worse_P],
         }
-
-    def ends(self, points: Sequence[Mapping[str, float]]) -> bool:
-        """See `Watch.ends`."""
-        return False

@@ -16,7 +16,6 @@ from torch import Tensor
 from puna.batches.tables import SUFFIXES, Row, read_table, text_lines
 from puna.finetune.tasks.classification import Classification, text_ids
 from puna.finetune.tasks.head import predict
-from puna.finetune.tasks.head_files import HeadModel, load_head_model
 from puna.finetune.tasks.relations import Relations
 from puna.finetune.tasks.spans import Spans
 from puna.finetune.tasks.squad import read_squad
@@ -25,6 +24,7 @@ from puna.finetune.tasks.tags import Sentence, entities
 from puna.finetune.tasks.task import Example
 from puna.finetune.tasks.trained import trained_task
 from puna.finetune.tasks.windows import best_answers, windows
+from puna.peft.heads import HeadModel, load_head_model
 from puna.runtime.devices import DeviceName, open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_jsonl

@@ -51,6 +51,9 @@ STAGES = {
         "puna.finetune.unlabelled.self_training", "SelfTrainConfig", "Teach a classifier by its own sure labels, too."
     ),
     "active": Stage("puna.finetune.unlabelled.active", "ActiveConfig", "Choose the texts most worth labelling next."),
+    "reward": Stage(
+        "puna.align.reward", "RewardConfig", "Teach a model to say how good an answer is, from comparisons of answers."
+    ),
     "align": Stage("puna.align.main", "AlignConfig", "Teach a model what people prefer, from comparisons of answers."),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
     "needle": Stage("puna.evaluate.needle", "NeedleConfig", "Hide a sentence in long texts and ask for it."),

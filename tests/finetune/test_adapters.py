@@ -11,12 +11,12 @@ from puna.finetune.answers import answer, greedy_without_cache
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
 from puna.finetune.tasks.head import predict
-from puna.finetune.tasks.head_files import HeadModel, load_head_model
 from puna.finetune.tasks.task import Example
 from puna.infer.engine import Engine
 from puna.infer.sampling import SamplingParams
 from puna.peft.apply import attach
 from puna.peft.files import load_adapter
+from puna.peft.heads import HeadModel, load_head_model
 from puna.peft.prefix import PrefixConfig
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_json, read_jsonl, write_jsonl

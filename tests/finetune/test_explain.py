@@ -24,16 +24,14 @@ from puna.finetune.explain.texts import Asked, Texts, read_texts
 from puna.finetune.explain.units import readable_units
 from puna.finetune.main import main as finetune
 from puna.finetune.tasks.classification import Classification
-from puna.finetune.tasks.head import add_head
-from puna.finetune.tasks.head_files import load_head_model, save_head_model
 from puna.finetune.tasks.relations import Relations
 from puna.finetune.tasks.spans import Spans
 from puna.finetune.tasks.tagging import Tagging
-from puna.finetune.tasks.task import Attention, HeadSpec
 from puna.infer.engine import Engine
 from puna.infer.sampling import SamplingParams
 from puna.model.transformer import Transformer
 from puna.peft.apply import attach
+from puna.peft.heads import Attention, HeadSpec, add_head, load_head_model, save_head_model
 from puna.peft.prefix import PrefixConfig
 from puna.peft.prompt import PromptConfig
 from puna.runtime.errors import InputError

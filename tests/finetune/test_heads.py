@@ -15,12 +15,12 @@ from puna.config import load_config
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
 from puna.finetune.tasks.head import predict
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.tasks.spans import overlap_f1
 from puna.finetune.tasks.squad import read_squad
 from puna.finetune.tasks.tagging import Tagging
 from puna.finetune.tasks.tags import Entity, Sentence, detect_scheme, entities, to_tags
 from puna.finetune.tasks.task import Example, ExampleRows, collate
+from puna.peft.heads import load_head_model
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_json, write_jsonl
 from puna.runtime.manifest import Manifest

@@ -17,9 +17,9 @@ from puna.finetune.main import main as finetune
 from puna.finetune.numbered import NumberedRows
 from puna.finetune.regularize.earlier import loss_on, with_replayed_loss, with_replayed_rows
 from puna.finetune.tasks.head import predict
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.tasks.task import TaskData
 from puna.finetune.tasks.trained import trained_task
+from puna.peft.heads import load_head_model
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_jsonl
 from puna.runtime.manifest import Manifest

@@ -13,11 +13,11 @@ from puna.config import load_config
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
 from puna.finetune.tasks.classification import Classification
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.tasks.several import OpenSeveral, SeveralRows
 from puna.finetune.tasks.spans import Spans
 from puna.finetune.tasks.tagging import Tagging
 from puna.finetune.tasks.task import Example, ExampleBatch, ExampleRows, OpenTask, TaskData, collate
+from puna.peft.heads import load_head_model
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_json, write_jsonl
 from puna.runtime.manifest import Manifest

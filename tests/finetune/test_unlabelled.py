@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from puna.config import load_config
 from puna.finetune.tasks.classification import Classification
 from puna.finetune.tasks.head import predict
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.tasks.task import Example
 from puna.finetune.unlabelled.active import ActiveConfig
 from puna.finetune.unlabelled.active import main as active
@@ -21,6 +20,7 @@ from puna.finetune.unlabelled.choose import choose, k_centre, k_means, uncertain
 from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_classification
 from puna.finetune.unlabelled.self_training import Guess, SelfTrainConfig, take
 from puna.finetune.unlabelled.self_training import main as self_train
+from puna.peft.heads import load_head_model
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_jsonl, write_jsonl
 from puna.runtime.manifest import Manifest

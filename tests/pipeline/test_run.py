@@ -214,15 +214,14 @@ def test_shipped_recipes_are_valid() -> None:
     recipes = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.toml"))}
     of_one_stage = {"plan.toml": "plan", "parallel.toml": "pretrain", "search.toml": "search"}
     of_one_stage |= {name: "finetune" for name in recipes if name.startswith("finetune/")}
-    of_one_stage |= {name: "align" for name in recipes if name.startswith("align/")}
+    of_one_stage |= {"align/dpo.toml": "align", "align/reward.toml": "reward"}
+    # What the recipes leave to the user.
+    left = {"finetune": ["model=some"]} | dict.fromkeys(("align", "reward"), ["model=some", "preferences=some"])
     assert of_one_stage.keys() < recipes.keys()
     for name, path in recipes.items():
         if name in of_one_stage:
-            # What the recipe leaves to the user.
-            overrides = ["model=some"] if of_one_stage[name] in ("finetune", "align") else []
-            overrides += ["preferences=some"] if of_one_stage[name] == "align" else []
-            overrides += ["conversations=some"] if name == "finetune/lora.toml" else []
-            load_config(load_stage(of_one_stage[name])[0], path, overrides)
+            more = ["conversations=some"] if name == "finetune/lora.toml" else []
+            load_config(load_stage(of_one_stage[name])[0], path, [*left.get(of_one_stage[name], []), *more])
         else:
             output, stages = plan(run_module.read_toml(path), str(path))
             assert output.parts[0] == "runs"

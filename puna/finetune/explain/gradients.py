@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from puna.batches.packing import IGNORE
-from puna.finetune.tasks.head import head_logits
-from puna.finetune.tasks.task import Attention, Example, HeadSpec, collate
+from puna.finetune.tasks.task import Example, collate
 from puna.model.transformer import Transformer
+from puna.peft.heads import Attention, HeadSpec, head_logits
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
 

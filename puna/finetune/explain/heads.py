@@ -22,8 +22,9 @@ from puna.finetune.explain.rollout import attention_rollout
 from puna.finetune.explain.texts import Asked
 from puna.finetune.explain.units import Join, readable_units
 from puna.finetune.tasks.head import predict
-from puna.finetune.tasks.task import Attention, Example, HeadSpec
+from puna.finetune.tasks.task import Example
 from puna.model.transformer import Transformer
+from puna.peft.heads import Attention, HeadSpec
 from puna.runtime.devices import DeviceName
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer

@@ -9,11 +9,11 @@ from puna.finetune.explain.generation import GenerationSettings, explain_generat
 from puna.finetune.explain.heads import HeadSettings, explain_head
 from puna.finetune.explain.show import show_generation, show_head
 from puna.finetune.explain.texts import Texts, read_texts
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.tasks.trained import trained_task
 from puna.infer.generate import GenerateConfig, read_prompts
 from puna.infer.load import load_engine
 from puna.peft.files import CONFIG_FILE as ADAPTER_FILE
+from puna.peft.heads import load_head_model
 from puna.runtime.devices import open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_json

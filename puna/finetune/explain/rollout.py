@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from puna.finetune.tasks.task import Attention
 from puna.model.transformer import Transformer
 from puna.peft.apply import virtual_tokens
+from puna.peft.heads import Attention
 
 
 class RecordingAttend:

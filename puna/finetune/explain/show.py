@@ -12,7 +12,7 @@ from rich.text import Text
 
 from puna.finetune.explain.generation import GenerationExplanation, GenerationSettings, Stretch
 from puna.finetune.explain.heads import HeadExplanation, HeadSettings
-from puna.finetune.tasks.task import Attention, HeadSpec
+from puna.peft.heads import Attention, HeadSpec
 from puna.runtime.page import write_page
 
 _BASELINES = {"padding": "the padding token", "bos": "the BOS token", "zero": "an embedding of zeros"}

@@ -6,10 +6,10 @@ import torch
 
 from puna.finetune.regularize.earlier import as_measured
 from puna.finetune.tasks.head import predict
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.tasks.task import TaskData
 from puna.finetune.tasks.trained import trained_task
 from puna.model.transformer import Transformer
+from puna.peft.heads import load_head_model
 from puna.runtime.errors import InputError
 
 _MODULE = "earlier_head"

@@ -23,8 +23,8 @@ from puna.finetune.regularize.earlier_task import EarlierTask
 from puna.finetune.regularize.ewc import FISHER_FILE, diagonal_fisher, ewc_penalty, load_fisher, save_fisher
 from puna.finetune.regularize.rates import layer_rates
 from puna.finetune.selection import Measure
-from puna.finetune.tasks.head_files import has_head
 from puna.model.transformer import Transformer
+from puna.peft.heads import has_head
 from puna.peft.method import Training
 from puna.runtime.devices import open_device
 from puna.runtime.errors import InputError

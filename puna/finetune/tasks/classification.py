@@ -19,16 +19,8 @@ from torch import Tensor
 from puna.batches.packing import IGNORE
 from puna.batches.tables import Row, read_table
 from puna.finetune.regularize.agreement import symmetric_divergence
-from puna.finetune.tasks.task import (
-    Attention,
-    Example,
-    ExampleBatch,
-    HeadSpec,
-    OpenTask,
-    Task,
-    TaskData,
-    read_both,
-)
+from puna.finetune.tasks.task import Example, ExampleBatch, OpenTask, Task, TaskData, read_both
+from puna.peft.heads import Attention, HeadSpec
 from puna.runtime.errors import InputError
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer

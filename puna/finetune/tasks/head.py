@@ -6,42 +6,17 @@ Shapes: B examples, T tokens, D model dimension, C outputs of the head.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from puna.batches.packing import TokenBatch
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.tasks.several import OpenSeveral
-from puna.finetune.tasks.task import Attention, Example, HeadSpec, OpenTask, Task, collate
-from puna.kernels.attend import document_attend
-from puna.model.attend import Attend, DocumentAttend
-from puna.model.transformer import Linear, Transformer
+from puna.finetune.tasks.task import Example, OpenTask, Task, collate
+from puna.model.transformer import Transformer
+from puna.peft.heads import Attention, head_logits
 from puna.runtime.errors import InputError
-from puna.runtime.seeds import derive_seed
 from puna.tokenizer.base import Tokenizer
 
 _PREDICTED_AT_ONCE = 32
-
-
-def add_head(model: Transformer, spec: HeadSpec, seed: int) -> None:
-    """Put a new head on a model, which is trained along with what is trained of the model."""
-    head = Linear(model.config.dim, len(spec.labels), bias=spec.bias)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "head"))
-    nn.init.normal_(head.weight, std=0.02, generator=generator)
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)
-    model.add_module(spec.module, head)
-    if not model.config.tie_embeddings:
-        model.output.requires_grad_(False)
-
-
-def head_logits(model: Transformer, batch: TokenBatch, module: str, attention: Attention) -> Tensor:
-    """What the head says at every token, float32 [B, T, C]."""
-    attend: Attend = document_attend(batch.documents_BT)
-    if attention == "bidirectional":
-        attend = DocumentAttend(batch.documents_BT, causal=False)
-    head = model.get_submodule(module)
-    logits: Tensor = model(batch.ids_BT, batch.positions_BT, attend, lambda h_BTD, _: head(h_BTD))
-    return logits.float()
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from puna.batches.tables import SUFFIXES, Row, read_table, text_lines
 from puna.finetune.tasks.classification import Classification, OpenClassification, sklearn_metrics
-from puna.finetune.tasks.task import Attention, Task, TaskData
+from puna.finetune.tasks.task import Task, TaskData
+from puna.peft.heads import Attention
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
 

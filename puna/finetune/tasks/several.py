@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from puna.batches.mixture import Rotation, temperature_shares
-from puna.finetune.tasks.task import Example, ExampleBatch, ExampleRows, HeadSpec, OpenTask, collate, mean_units
+from puna.finetune.tasks.task import Example, ExampleBatch, ExampleRows, OpenTask, collate, mean_units
 from puna.model.transformer import Linear, Transformer
+from puna.peft.heads import HeadSpec
 
 
 class OpenSeveral(OpenTask):

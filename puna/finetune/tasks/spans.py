@@ -16,16 +16,9 @@ from torch import Tensor
 from puna.batches.packing import PADDING
 from puna.finetune.regularize.agreement import symmetric_divergence
 from puna.finetune.tasks.squad import read_squad
-from puna.finetune.tasks.task import (
-    Attention,
-    ExampleBatch,
-    HeadSpec,
-    OpenTask,
-    Task,
-    TaskData,
-    read_both,
-)
+from puna.finetune.tasks.task import ExampleBatch, OpenTask, Task, TaskData, read_both
 from puna.finetune.tasks.windows import best_answers, windows
+from puna.peft.heads import Attention, HeadSpec
 from puna.tokenizer.base import Tokenizer
 
 

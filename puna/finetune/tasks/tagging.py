@@ -26,16 +26,8 @@ from puna.finetune.tasks.tags import (
     read_sentences,
     to_tags,
 )
-from puna.finetune.tasks.task import (
-    Attention,
-    Example,
-    ExampleBatch,
-    HeadSpec,
-    OpenTask,
-    Task,
-    TaskData,
-    read_both,
-)
+from puna.finetune.tasks.task import Example, ExampleBatch, OpenTask, Task, TaskData, read_both
+from puna.peft.heads import Attention, HeadSpec
 from puna.runtime.errors import InputError
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer

@@ -4,11 +4,11 @@ Shapes: B examples, T tokens, C outputs of the head.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from puna.batches.packing import IGNORE, PADDING, Rows, TokenBatch
 from puna.finetune.regularize.agreement import symmetric_divergence
+from puna.peft.heads import Attention, HeadSpec
 from puna.runtime.errors import InputError
 from puna.runtime.seeds import derive_seed
 from puna.tokenizer.base import Tokenizer
-
-Attention = Literal["causal", "bidirectional"]
 
 Item = TypeVar("Item")
 
@@ -141,22 +140,6 @@ def collate(examples: Sequence[Example], pad_id: int) -> ExampleBatch:
 def mean_units(examples: Sequence[Example]) -> float:
     """Labels that are asked for in a mean example."""
     return sum(label != IGNORE for example in examples for label in example.labels) / len(examples)
-
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """What a head is called and how it is written down, so that `transformers` finds it."""
-
-    architecture: str
-    """What follows the family's name: "ForSequenceClassification"."""
-    module: str
-    """Name of the head's linear map: "score"."""
-    bias: bool
-    """Whether that map has one."""
-    labels: tuple[str, ...]
-    """The head's outputs by name."""
-    config: Mapping[str, Any]
-    """What else config.json says."""
 
 
 class OpenTask(ABC):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from puna.config import Kinds, parse_config
 from puna.finetune.config import HEAD_TASKS
-from puna.finetune.tasks.head_files import HeadModel
 from puna.finetune.tasks.task import Task
+from puna.peft.heads import HeadModel
 from puna.runtime.errors import InputError
 from puna.runtime.manifest import FILE_NAME, Manifest
 

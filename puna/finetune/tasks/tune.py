@@ -13,12 +13,12 @@ from puna.finetune.learn import learn
 from puna.finetune.regularize.agreement import Seen
 from puna.finetune.regularize.safeguards import Safeguards
 from puna.finetune.selection import LOSS, Judge, check_selection
-from puna.finetune.tasks.head import add_head, head_logits, open_tasks, predict
-from puna.finetune.tasks.head_files import load_trunk, save_head_adapter, save_head_model
+from puna.finetune.tasks.head import open_tasks, predict
 from puna.finetune.tasks.several import OpenSeveral
-from puna.finetune.tasks.task import Attention, ExampleBatch, ExampleRows, HeadSpec
+from puna.finetune.tasks.task import ExampleBatch, ExampleRows
 from puna.model.transformer import Transformer
 from puna.peft.apply import merge, why_not_merged
+from puna.peft.heads import Attention, HeadSpec, add_head, head_logits, load_trunk, save_head_adapter, save_head_model
 from puna.peft.tuning import adapt, has_adapters
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_text

@@ -9,9 +9,9 @@ import torch
 
 from puna.batches.tables import read_table
 from puna.config import to_plain
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.unlabelled.choose import Diversity, Uncertainty, choose, uncertainty
 from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled, trained_classification
+from puna.peft.heads import load_head_model
 from puna.runtime.devices import DeviceName, open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path

@@ -13,11 +13,11 @@ from torch import Tensor
 from puna.batches.packing import IGNORE
 from puna.batches.tables import Row, read_table
 from puna.finetune.tasks.classification import Classification, text_ids
-from puna.finetune.tasks.head_files import HeadModel
 from puna.finetune.tasks.task import Example, collate
 from puna.finetune.tasks.trained import trained_task
 from puna.kernels.attend import document_attend
 from puna.model.attend import Attend, DocumentAttend
+from puna.peft.heads import HeadModel
 from puna.runtime.errors import InputError
 from puna.runtime.progress import progress
 

@@ -16,8 +16,8 @@ from puna.config import load_config, to_plain
 from puna.finetune.config import FinetuneConfig
 from puna.finetune.main import main as finetune
 from puna.finetune.tasks.classification import Classification
-from puna.finetune.tasks.head_files import load_head_model
 from puna.finetune.unlabelled.predictions import predict_rows, read_unlabelled
+from puna.peft.heads import load_head_model
 from puna.runtime.devices import open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, write_jsonl

@@ -1,14 +1,21 @@
-"""Model directories with a head in place of the projection to the vocabulary, as `transformers` loads them; and adapter
-directories with one, for methods that cannot be merged."""
+"""Heads in place of the projection to the vocabulary: put on a model, and in model directories as `transformers` loads
+them, or in adapter directories, for methods that cannot be merged.
 
+Shapes: B rows, T tokens, D model dimension, C outputs of the head.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from puna.finetune.tasks.task import Attention, HeadSpec
+from puna.batches.packing import TokenBatch
+from puna.kernels.attend import document_attend
+from puna.model.attend import Attend, DocumentAttend
 from puna.model.transformer import Linear, Transformer
 from puna.peft.files import CONFIG_FILE as ADAPTER_FILE
 from puna.peft.files import load_adapter, save_adapter
@@ -16,6 +23,7 @@ from puna.peft.method import Method
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, read_json, write_json
 from puna.runtime.manifest import Manifest
+from puna.runtime.seeds import derive_seed
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
 from puna.weights.huggingface import CONFIG_FILE, SINGLE_FILE, hf_config, hf_tensors, read_hf_config
@@ -23,12 +31,31 @@ from puna.weights.load import check_vocabulary, load_model, resolve, write_token
 from puna.weights.names import to_hf
 from puna.weights.stored import copy_weights
 
+Attention = Literal["causal", "bidirectional"]
+"""Whether a token sees only what is before it, or everything."""
+
 _HEADS = {
     "ForSequenceClassification": ("score", "SEQ_CLS"),
     "ForTokenClassification": ("score", "TOKEN_CLS"),
     "ForQuestionAnswering": ("qa_outputs", "QUESTION_ANS"),
 }
 """Kind of a head -> its name in `transformers`, and PEFT's name of the task."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head is called and how it is written down, so that `transformers` finds it."""
+
+    architecture: str
+    """What follows the family's name: "ForSequenceClassification"."""
+    module: str
+    """Name of the head's linear map: "score"."""
+    bias: bool
+    """Whether that map has one."""
+    labels: tuple[str, ...]
+    """The head's outputs by name."""
+    config: Mapping[str, Any]
+    """What else config.json says."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,28 @@ class HeadModel:
     """Whether a token sees what comes after it."""
     tokenizer: Tokenizer
     """The model's."""
+
+
+def add_head(model: Transformer, spec: HeadSpec, seed: int) -> None:
+    """Put a new head on a model, which is trained along with what is trained of the model."""
+    head = Linear(model.config.dim, len(spec.labels), bias=spec.bias)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "head"))
+    nn.init.normal_(head.weight, std=0.02, generator=generator)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    model.add_module(spec.module, head)
+    if not model.config.tie_embeddings:
+        model.output.requires_grad_(False)
+
+
+def head_logits(model: Transformer, batch: TokenBatch, module: str, attention: Attention) -> Tensor:
+    """What the head says at every token, float32 [B, T, C]."""
+    attend: Attend = document_attend(batch.documents_BT)
+    if attention == "bidirectional":
+        attend = DocumentAttend(batch.documents_BT, causal=False)
+    head = model.get_submodule(module)
+    logits: Tensor = model(batch.ids_BT, batch.positions_BT, attend, lambda h_BTD, _: head(h_BTD))
+    return logits.float()
 
 
 def save_head_model(
