@@ -85,6 +85,31 @@ def to_preference(row: Row) -> Preference:
     return preference
 
 
+def read_prompts(path: Path) -> Iterator[tuple[str, Messages]]:
+    """Prompts of a file or folder, each with the line that it stands in: a column "prompt" (a text or messages), or
+    what was said before the last answers of conversations and preferences.
+
+    Raises:
+        InputError: a row has none; names its line. Or there is no row.
+    """
+    found = False
+    for row in read_table(path):
+        found = True
+        if "chosen" in row.values or "answers" in row.values or "label" in row.values:
+            prompt = to_preference(row).prompt
+        elif "prompt" in row.values:
+            prompt = _prompt(row.where, row.values) or []
+        else:
+            prompt = to_conversation(row).messages
+            while prompt and prompt[-1]["role"] in ("assistant", "tool"):
+                prompt = prompt[:-1]
+        if not prompt or prompt[-1]["role"] == "assistant":
+            raise InputError(f"{row.where}: there is nothing to answer.")
+        yield row.where, prompt
+    if not found:
+        raise InputError(f"There is no prompt in {path}.")
+
+
 def with_mismatched(preferences: Iterable[Preference | InputError]) -> Iterator[Preference | InputError]:
     """To each judged answer the answer before it, which belongs to another prompt (that of the last to the first):
     what KTO measures how far the model is from the reference on (arXiv:2402.01306, section 4.1)."""

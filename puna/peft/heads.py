@@ -84,11 +84,14 @@ def add_head(model: Transformer, spec: HeadSpec, seed: int) -> None:
         model.output.requires_grad_(False)
 
 
+def attend_within(documents_BT: Tensor, attention: Attention) -> Attend:
+    """Attention inside documents, causal or both ways."""
+    return document_attend(documents_BT) if attention == "causal" else DocumentAttend(documents_BT, causal=False)
+
+
 def head_logits(model: Transformer, batch: TokenBatch, module: str, attention: Attention) -> Tensor:
     """What the head says at every token, float32 [B, T, C]."""
-    attend: Attend = document_attend(batch.documents_BT)
-    if attention == "bidirectional":
-        attend = DocumentAttend(batch.documents_BT, causal=False)
+    attend = attend_within(batch.documents_BT, attention)
     head = model.get_submodule(module)
     logits: Tensor = model(batch.ids_BT, batch.positions_BT, attend, lambda h_BTD, _: head(h_BTD))
     return logits.float()

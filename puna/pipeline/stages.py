@@ -54,6 +54,9 @@ STAGES = {
     "reward": Stage(
         "puna.align.reward", "RewardConfig", "Teach a model to say how good an answer is, from comparisons of answers."
     ),
+    "reject": Stage(
+        "puna.align.rejection", "RejectConfig", "Answer prompts several times, and keep what a reward model likes best."
+    ),
     "align": Stage("puna.align.main", "AlignConfig", "Teach a model what people prefer, from comparisons of answers."),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
     "needle": Stage("puna.evaluate.needle", "NeedleConfig", "Hide a sentence in long texts and ask for it."),

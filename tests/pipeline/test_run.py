@@ -214,10 +214,10 @@ def test_shipped_recipes_are_valid() -> None:
     recipes = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.toml"))}
     of_one_stage = {"plan.toml": "plan", "parallel.toml": "pretrain", "search.toml": "search"}
     of_one_stage |= {name: "finetune" for name in recipes if name.startswith("finetune/")}
-    of_one_stage |= {"align/dpo.toml": "align", "align/reward.toml": "reward"}
+    of_one_stage |= {"align/dpo.toml": "align", "align/reward.toml": "reward", "align/rejection.toml": "reject"}
     # What the recipes leave to the user.
     left = {"finetune": ["model=some"], "align": ["model=some", "preferences=some"]}
-    left["reward"] = left["align"]
+    left |= {"reward": left["align"], "reject": ["model=some", "reward=some", "prompts=some"]}
     assert of_one_stage.keys() < recipes.keys()
     for name, path in recipes.items():
         if name in of_one_stage:

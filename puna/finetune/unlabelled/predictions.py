@@ -15,9 +15,7 @@ from puna.batches.tables import Row, read_table
 from puna.finetune.tasks.classification import Classification, text_ids
 from puna.finetune.tasks.task import Example, collate
 from puna.finetune.tasks.trained import trained_task
-from puna.kernels.attend import document_attend
-from puna.model.attend import Attend, DocumentAttend
-from puna.peft.heads import HeadModel
+from puna.peft.heads import HeadModel, attend_within
 from puna.runtime.errors import InputError
 from puna.runtime.progress import progress
 
@@ -80,9 +78,7 @@ def predict_rows(head: HeadModel, task: Classification, rows: Sequence[Row], max
             chosen = by_length[start : start + _AT_ONCE]
             examples = [Example(texts[n], [IGNORE] * (len(texts[n]) - 1) + [0]) for n in chosen]
             batch = collate(examples, head.tokenizer.pad_id).to(model.norm.weight.device)
-            attend: Attend = document_attend(batch.documents_BT)
-            if head.attention == "bidirectional":
-                attend = DocumentAttend(batch.documents_BT, causal=False)
+            attend = attend_within(batch.documents_BT, head.attention)
             h_BTD = model(batch.ids_BT, batch.positions_BT, attend, lambda h_BTD, _: h_BTD)
             last_BD = h_BTD[batch.labels_BT != IGNORE]
             states_ND[chosen] = last_BD.float().cpu()
