@@ -228,7 +228,8 @@ def _train(job: _Job) -> Trouble | None:
                 )
             )
         advance = stack.enter_context(progress("Training", total=config.steps - state.step))
-        clock, clock_step = time.monotonic(), state.step
+        clock, tokens = time.monotonic(), 0
+        processes = state.layout.mesh.size("rows") * state.layout.mesh.size("context")
         while state.step < config.steps and not ended:
             check = _due(state.step + 1, config.faults.check_every)
             with timed_step() if check and several else nullcontext() as step_time:
@@ -236,6 +237,7 @@ def _train(job: _Job) -> Trouble | None:
                 micro_batches = _read(job, number)
                 job.watchdog.beat(f"computing step {state.step + 1}")
                 unread.append((number, train_step(state, micro_batches, job.loss, config)))
+            tokens += sum(part.ids_BT.numel() for part in micro_batches) * processes
             state.batch = number + 1
             ledger.advance(state.step)
             if step_time is not None and (line := slow_rank(gather(step_time.own, dist.group.WORLD))):
@@ -263,7 +265,6 @@ def _train(job: _Job) -> Trouble | None:
             losses += [loss for loss, *_ in measured]
             point = {}
             if log:
-                tokens = (state.step - clock_step) * config.batch_rows * config.row_length
                 speed = tokens / (time.monotonic() - clock)
                 utilisation = speed * job.flops_per_token / job.peak_flops
                 point = {
@@ -291,7 +292,7 @@ def _train(job: _Job) -> Trouble | None:
                     job.checkpoints.save(state)
                 ledger.flush(state.step)
             if point:
-                clock, clock_step = time.monotonic(), state.step
+                clock, tokens = time.monotonic(), 0
             advance(1, note)
     return None
 
