@@ -34,6 +34,7 @@ def on_ranks(workers: ModuleType) -> Iterator[Callable[[Any], Any]]:
     What was raised on a rank comes back as (name of the exception, message, traceback).
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
     server = subprocess.Popen(
         [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from puna.batches.packing import IGNORE, PADDING, TokenBatch
@@ -183,7 +182,7 @@ def _measured(output: Path, weights: dict[str, torch.Tensor]) -> Outcome:
     )
 
 
-def _fork(case: Case, rank: int, ranks: int, port: int) -> tuple[int, int]:
+def _fork(case: Case, rank: int, ranks: int, place: dict[str, str]) -> tuple[int, int]:
     """Start a rank; return its process and the pipe that its answer comes through."""
     reader, writer = os.pipe()
     if process := os.fork():
@@ -196,9 +195,7 @@ def _fork(case: Case, rank: int, ranks: int, port: int) -> tuple[int, int]:
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(ranks),
             LOCAL_WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
+            **place,
         )
     try:
         answer: Any = run(case)
@@ -210,9 +207,14 @@ def _fork(case: Case, rank: int, ranks: int, port: int) -> tuple[int, int]:
 
 
 def _collect(case: Case, timeout_seconds: float) -> Any:
-    # As with torchrun, where the ranks meet is not one of them: no port is chosen before somebody listens on it.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    children = [_fork(case, rank, case.ranks, store.port) for rank in range(case.ranks)]
+    from meeting import meeting_place  # beside the folder, which the server has on its path
+
+    with meeting_place() as place:
+        return _run(case, timeout_seconds, place)
+
+
+def _run(case: Case, timeout_seconds: float, place: dict[str, str]) -> Any:
+    children = [_fork(case, rank, case.ranks, place) for rank in range(case.ranks)]
     deadline = time.monotonic() + timeout_seconds
     answers = dict.fromkeys(range(case.ranks), b"")
     open_pipes = {reader: rank for rank, (_, reader) in enumerate(children)}

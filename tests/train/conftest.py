@@ -73,7 +73,10 @@ def elastic() -> ModuleType:
 @pytest.fixture(scope="session")
 def survive(elastic: ModuleType) -> Iterator[Callable[[Any], Any]]:
     """Run an `elastic.Job` on processes of its own; what comes back is an `elastic.Outcome`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+    }
     command = [sys.executable, "-c", "import elastic; elastic.serve()"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert server.stdin is not None

@@ -117,35 +117,42 @@ def _fork(work: Callable[[], Any], answer: Path, said: Path, environment: dict[s
     os._exit(status)
 
 
+def _run_once(job: Job, restarts: int, answers: list[Path], said: Path, place: dict[str, str], deadline: float) -> bool:
+    """Start every rank, and kill all when one ends badly; whether one did."""
+    ranks = {}
+    for rank, answer in enumerate(answers):
+        environment = {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
+        if job.ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks)}
+            environment |= {"LOCAL_WORLD_SIZE": str(job.ranks)} | place
+        ranks[_fork(lambda: train(job), answer, said, environment)] = answer
+    failed = False
+    while ranks:
+        ended = {process: os.waitpid(process, os.WNOHANG) for process in ranks}
+        for process, (found, status) in ended.items():
+            if found:
+                del ranks[process]
+                failed = failed or status != 0
+        if failed or time.monotonic() > deadline:
+            for process in ranks:
+                os.kill(process, 9)
+                os.waitpid(process, 0)
+            break
+        time.sleep(0.01)
+    return failed
+
+
 def survive(job: Job, timeout_seconds: float = 800) -> Outcome:
     """Run a job; begin again, at most `max_restarts` times, when a process was killed or ended itself."""
+    from meeting import meeting_place  # beside the folder, which the server has on its path
+
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said"
         for restarts in range(job.max_restarts + 1):
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             answers = [Path(folder) / f"answer-{restarts}-{rank}" for rank in range(job.ranks)]
-            ranks = {}
-            for rank, answer in enumerate(answers):
-                environment = {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
-                if job.ranks > 1:
-                    environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks)}
-                    environment |= {"LOCAL_WORLD_SIZE": str(job.ranks), "MASTER_ADDR": "127.0.0.1"}
-                    environment |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-                ranks[_fork(lambda: train(job), answer, said, environment)] = answer
-            failed = False
-            while ranks:
-                process, status = os.waitpid(-1, os.WNOHANG)
-                if process:
-                    del ranks[process]
-                    failed = failed or status != 0
-                if failed or time.monotonic() - started > timeout_seconds:
-                    for process in ranks:
-                        os.kill(process, 9)
-                        os.waitpid(process, 0)
-                    break
-                if not process:
-                    time.sleep(0.01)
+            with meeting_place() as place:
+                failed = _run_once(job, restarts, answers, said, place, started + timeout_seconds)
             values = [pickle.loads(answer.read_bytes()) for answer in answers if answer.exists()]
             errors = [value for value in values if isinstance(value, str) and value.startswith("InputError")]
             if errors or not failed:
