@@ -17,7 +17,8 @@ class AlignConfig:
     model: Path
     """Model directory to start from; one that has learnt to answer (`puna finetune`)."""
     output: Path
-    """Gets model/ (the finished model directory) or adapter/, tokens/, checkpoints/, metrics.jsonl and tensorboard/."""
+    """Gets model/ (the finished model directory) or adapter/, report.txt, tokens/, checkpoints/, metrics.jsonl and
+    tensorboard/."""
     preferences: Path
     """A file of preferences, or a folder of such files: pairs, rankings, edited answers, transcripts as in HH-RLHF, or
     for `kto` single answers with a label."""

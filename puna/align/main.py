@@ -1,8 +1,6 @@
 """`puna align`: teach a model what people prefer, without a reward model."""
 
 import math
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +8,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from puna.align.config import AlignConfig
+from puna.align.learn import learn, open_both
 from puna.align.losses import DPO
 from puna.align.preference import PreferenceWatch, preference_loss, token_logprobs
-from puna.align.rows import check_row_length, open_rows, open_tokenizer
+from puna.align.rows import check_row_length, open_tokenizer
 from puna.batches.preference_rows import PreferenceRows
 from puna.config import to_plain
 from puna.model.transformer import Transformer
@@ -22,9 +21,7 @@ from puna.runtime.devices import open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, read_json, write_json
 from puna.runtime.manifest import Manifest, content_hash
-from puna.runtime.progress import progress, say
-from puna.train.loop import fit
-from puna.train.loss import with_penalty
+from puna.runtime.progress import progress
 from puna.weights.load import load_model
 
 __all__ = ["AlignConfig", "main"]
@@ -46,53 +43,18 @@ def _align(config: AlignConfig) -> None:
     tokenizer = open_tokenizer(config.model, config.chat_template)
     model = load_model(config.model, dtype=torch.float32)
     check_row_length(train.row_length, model)
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "row_length": train.row_length,
-        "judged": config.loss.judged,
-        "formatting": config.formatting,
-        "leave_out": config.leave_out,
-    }
-    rows = open_rows(config.preferences, config.output / "tokens" / "train", seed=train.seed, **options)
-    held_out = None
-    if config.held_out_preferences is not None:
-        held_out = open_rows(config.held_out_preferences, config.output / "tokens" / "held_out", seed=0, **options)
-    say(
-        f"{rows.num_groups:,} prompts in {rows.rows_per_epoch:,} rows; "
-        f"{train.steps * train.batch_rows / rows.rows_per_epoch:.2f} passes"
-    )
+    rows, held_out = open_both(config, tokenizer, judged=config.loss.judged, formatting=config.formatting)
     if config.loss.needs_reference:
         _ask_reference(config, model, [each for each in (rows, held_out) if each is not None])
         if isinstance(config.loss, DPO) and config.reference is None:
             _check_first_loss(config, model, rows)
     training = adapt(model, config.peft, train.steps, train.seed)
     loss = preference_loss(config.loss, config.nll_weight)
-    if training.penalty is not None:
-        loss = with_penalty(loss, training.penalty)
     watch = None if held_out is None else PreferenceWatch(config.loss, held_out, train.validation_rows)
 
     paths = [config.model, config.preferences, config.held_out_preferences, config.reference]
     inputs = {str(path): content_hash(path) for path in paths if path is not None}
-    run = to_plain(config) | {"inputs": inputs}
-    result = fit(
-        model,
-        rows,
-        loss,
-        train,
-        config.output,
-        run,
-        held_out,
-        watch,
-        rates=training.rates,
-        after_update=training.after_update,
-    )
-    model.compute_dtype = None
-    model.eval()
-    facts: dict[str, Any] = asdict(result)
-    if watch is not None:
-        measured, report = watch.of(model)
-        facts |= measured
-        say(report)
+    facts = learn(model, rows, loss, config, inputs, training, held_out, watch)
     save_tuned(
         model,
         config.peft,

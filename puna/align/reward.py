@@ -6,17 +6,18 @@ Shapes: B rows, T tokens, N answers, P pairs.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.align.learn import learn, open_both
 from puna.align.preference import Judged, judge
-from puna.align.rows import check_row_length, open_rows, open_tokenizer
+from puna.align.rows import check_row_length, open_tokenizer
 from puna.align.watch import HeldOutWatch
 from puna.batches.packing import PADDING, TokenBatch
 from puna.batches.preference_rows import PreferenceBatch
@@ -29,12 +30,10 @@ from puna.peft.heads import HeadSpec, add_head, head_logits, save_head_adapter, 
 from puna.peft.methods import AnyMethod
 from puna.peft.tuning import adapt
 from puna.runtime.errors import InputError
-from puna.runtime.files import write_text
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 from puna.train.config import TrainConfig
-from puna.train.loop import fit
-from puna.train.loss import Loss, LossSum, with_penalty
+from puna.train.loss import Loss, LossSum
 from puna.weights.load import load_model
 
 HEAD = HeadSpec("ForSequenceClassification", "score", False, ("reward",), {"problem_type": "regression"})
@@ -92,50 +91,14 @@ def _train(config: RewardConfig) -> None:
     tokenizer = open_tokenizer(config.model, config.chat_template)
     model = load_model(config.model, dtype=torch.float32)
     check_row_length(train.row_length, model)
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "row_length": train.row_length,
-        "judged": False,
-        "formatting": True,
-        "leave_out": config.leave_out,
-    }
-    rows = open_rows(config.preferences, config.output / "tokens" / "train", seed=train.seed, **options)
-    held_out = None
-    if config.held_out_preferences is not None:
-        held_out = open_rows(config.held_out_preferences, config.output / "tokens" / "held_out", seed=0, **options)
-    say(
-        f"{rows.num_groups:,} prompts in {rows.rows_per_epoch:,} rows; "
-        f"{train.steps * train.batch_rows / rows.rows_per_epoch:.2f} passes"
-    )
+    rows, held_out = open_both(config, tokenizer, judged=False, formatting=True)
     training = adapt(model, config.peft, train.steps, train.seed)
     add_head(model, HEAD, train.seed)
     loss = reward_loss(config.margins, config.center_weight)
-    if training.penalty is not None:
-        loss = with_penalty(loss, training.penalty)
     watch = None if held_out is None else RewardWatch(held_out, train.validation_rows)
     paths = [config.model, config.preferences, config.held_out_preferences]
     inputs = {str(path): content_hash(path) for path in paths if path is not None}
-    run = to_plain(config) | {"inputs": inputs}
-    result = fit(
-        model,
-        rows,
-        loss,
-        train,
-        config.output,
-        run,
-        held_out,
-        watch,
-        rates=training.rates,
-        after_update=training.after_update,
-    )
-    model.compute_dtype = None
-    model.eval()
-    facts: dict[str, Any] = asdict(result)
-    if watch is not None:
-        measured, report = watch.of(model)
-        facts |= measured
-        write_text(config.output / "report.txt", report + "\n")
-        say(report)
+    facts = learn(model, rows, loss, config, inputs, training, held_out, watch)
     manifest = Manifest("reward", to_plain(config), inputs, facts)
     if config.peft is not None and why_not_merged(model):
         written = config.output / "adapter"
