@@ -17,7 +17,7 @@ from torch import Tensor
 from puna.model.config import LlamaConfig
 from puna.model.transformer import Transformer
 from puna.peft.lora import refuse_dropout
-from puna.peft.method import AdaptedLinear, Base, MapMethod, Training, hf_name, lookup
+from puna.peft.method import AdaptedLinear, Base, MapMethod, MergeableLinear, Training, hf_name, lookup
 from puna.runtime.errors import InputError
 
 _RANK_EPSILON = 1e-5
@@ -159,7 +159,7 @@ _PEFT_NAMES = {
 """Settings of PEFT's -> ours."""
 
 
-class AdaLoRALinear(AdaptedLinear):
+class AdaLoRALinear(MergeableLinear):
     """A linear map with an update P diag(e) Q beside it.
 
     Attributes:

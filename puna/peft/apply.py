@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from puna.model.transformer import Linear, Transformer
-from puna.peft.method import QUANTIZED, AdaptedLinear, Base, MapMethod, Method, VirtualMethod, VirtualTokens
+from puna.peft.method import (
+    QUANTIZED,
+    AdaptedLinear,
+    Base,
+    MapMethod,
+    MergeableLinear,
+    Method,
+    VirtualMethod,
+    VirtualTokens,
+)
 from puna.runtime.errors import InputError
 from puna.weights.stored import shorten
 
@@ -185,7 +194,7 @@ def why_not_merged(model: Transformer) -> str:
     """What keeps the adapters from being merged for good, in a sentence; empty where nothing does."""
     if virtual_tokens(model):
         return "Prefix and prompt tuning add tokens, not weights: they cannot be merged into the model."
-    if crooked := [name for name, adapted in adapted_maps(model).items() if not adapted.IS_LINEAR]:
+    if crooked := [name for name, adapted in adapted_maps(model).items() if not isinstance(adapted, MergeableLinear)]:
         return f"The adapter of {crooked[0]} is not linear, so that it cannot be merged into the model's weights."
     biased = _biased(model)
     parts = ("query", "key", "value")
@@ -209,6 +218,7 @@ def _biased(model: Transformer) -> set[str]:
 
 
 def _plain(adapted: AdaptedLinear) -> Linear:
+    assert isinstance(adapted, MergeableLinear), "asked before, see `why_not_merged`"
     weight_NK, bias = adapted.merged_weight(), adapted.merged_bias()
     with torch.device("meta"):
         linear = Linear(adapted.in_features, adapted.out_features, bias=False)
@@ -229,7 +239,7 @@ def merged(model: Transformer) -> Iterator[None]:
         InputError: a map is quantised, so that its weight cannot hold the sum; or the adapters are not linear.
     """
     maps = adapted_maps(model)
-    if virtual_tokens(model) or not all(adapted.IS_LINEAR for adapted in maps.values()):
+    if virtual_tokens(model) or not all(isinstance(each, MergeableLinear) for each in maps.values()):
         raise InputError(why_not_merged(model))
     if quantized := [name for name, adapted in maps.items() if isinstance(adapted.base, QUANTIZED)]:
         raise InputError(f"{quantized[0]} is quantised, so an adapter cannot be merged into it for a while only.")

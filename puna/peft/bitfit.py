@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puna.model.config import LlamaConfig
-from puna.peft.method import AdaptedLinear, Base, MapMethod
+from puna.peft.method import AdaptedLinear, Base, MapMethod, MergeableLinear
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BitFitConfig(MapMethod):
         return cls(targets=maps, whole=whole)
 
 
-class BiasLinear(AdaptedLinear):
+class BiasLinear(MergeableLinear):
     """A linear map and a trained shift of its outputs.
 
     Attributes:

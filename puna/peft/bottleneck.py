@@ -93,7 +93,6 @@ class BottleneckLinear(AdaptedLinear):
         up_bias: [D].
     """
 
-    IS_LINEAR = False
     FILE_NAMES: ClassVar[Mapping[str, str]] = {
         "down": "adapter_down.weight",
         "down_bias": "adapter_down.bias",

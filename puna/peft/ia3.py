@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from puna.model.config import LlamaConfig
-from puna.peft.method import AdaptedLinear, Base, MapMethod, hf_name
+from puna.peft.method import AdaptedLinear, Base, MapMethod, MergeableLinear, hf_name
 from puna.runtime.errors import InputError
 
 
@@ -79,7 +79,7 @@ class IA3Config(MapMethod):
         return cls(targets=maps, scale_inputs=tuple(name for name in maps if fits(name)), whole=whole)
 
 
-class IA3Linear(AdaptedLinear):
+class IA3Linear(MergeableLinear):
     """A linear map with a factor for each input or each output.
 
     Attributes:

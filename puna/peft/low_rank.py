@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.peft.method import AdaptedLinear, Base
+from puna.peft.method import Base, MergeableLinear
 
 
-class LoRALinear(AdaptedLinear):
+class LoRALinear(MergeableLinear):
     """A linear map with a low-rank update beside it.
 
     Args:

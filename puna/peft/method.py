@@ -36,12 +36,10 @@ class AdaptedLinear(nn.Module, ABC):
 
     Attributes:
         FILE_NAMES: each parameter of its own -> what PEFT calls it in a file, after the map's name.
-        IS_LINEAR: whether one linear map can do the same.
         merged: the base holds the adapted weight at the moment, so that it alone is the answer.
     """
 
     FILE_NAMES: ClassVar[Mapping[str, str]]
-    IS_LINEAR: ClassVar[bool] = True
     in_features: int
     out_features: int
 
@@ -55,12 +53,8 @@ class AdaptedLinear(nn.Module, ABC):
     def adapted(self, x: Tensor) -> Tensor:
         """What the map and its adapter make of `x`."""
 
-    def merged_weight(self) -> Tensor:
-        """The weight [N, K], in the base's dtype, of the one linear map that does the same; only where there is one."""
-        raise NotImplementedError
-
     def merged_bias(self) -> Tensor | None:
-        """The bias [N] of that map."""
+        """The bias [N] of the one linear map that does the same, if there is one."""
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,6 +69,14 @@ class AdaptedLinear(nn.Module, ABC):
         device = device_of(self.base)
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value.to(device)))
+
+
+class MergeableLinear(AdaptedLinear):
+    """One whose place a linear map can take that does the same."""
+
+    @abstractmethod
+    def merged_weight(self) -> Tensor:
+        """The weight [N, K] of that map, in the base's dtype."""
 
 
 def device_of(base: Base) -> torch.device:
