@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from puna.batches.shingles import hash_shingles
+from puna.batches.words import hash_words, split_words
 from puna.curate.dedup.database import keys_database, write_decisions
 from puna.curate.dedup.outcomes import document_numbers, keep_one
-from puna.curate.dedup.shingles import hash_shingles
 from puna.curate.document import Outcome
-from puna.curate.words import hash_words, split_words
 
 KEYS = pa.schema(
     {"document": pa.int64(), "shingles": pa.list_(pa.uint64()), "sampled": pa.list_(pa.uint64())},

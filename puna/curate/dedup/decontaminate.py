@@ -8,14 +8,14 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 from numpy.typing import NDArray
 
+from puna.batches.shingles import Hashes, Positions, build_set, contained, hash_shingles
+from puna.batches.words import hash_words, split_words, text_buffers
+from puna.curate.dedup.cut import cut_words
 from puna.curate.dedup.outcomes import reasons_where, with_texts
-from puna.curate.dedup.shingles import Hashes, Positions, cut_words, hash_shingles
 from puna.curate.dedup.substrings import covered
 from puna.curate.document import Outcome, split
-from puna.curate.words import hash_words, split_words, text_buffers
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_jsonl
 
@@ -101,34 +101,6 @@ def _strings(value: object) -> list[str]:
     if isinstance(value, dict):
         value = list(value.values())
     return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
-
-
-@njit(cache=True, nogil=True)
-def build_set(values: Hashes) -> Hashes:
-    """Open-addressing hash table of different values, at most half full; 0 marks a free slot."""
-    size = 2
-    while size < 2 * len(values) + 2:
-        size *= 2
-    table = np.zeros(size, np.uint64)
-    for value in values:
-        slot = value & np.uint64(size - 1)
-        while table[slot] != 0:
-            slot = (slot + np.uint64(1)) & np.uint64(size - 1)
-        table[slot] = value
-    return table
-
-
-@njit(cache=True, nogil=True)
-def contained(values: Hashes, table: Hashes) -> NDArray[np.bool_]:
-    """Which of the values are in the table."""
-    found = np.zeros(len(values), np.bool_)
-    mask = np.uint64(len(table) - 1)
-    for at in range(len(values)):
-        slot = values[at] & mask
-        while table[slot] != 0 and table[slot] != values[at]:
-            slot = (slot + np.uint64(1)) & mask
-        found[at] = table[slot] == values[at] and values[at] != 0
-    return found
 
 
 def _distinct(values: Hashes, offsets: Positions) -> NDArray[np.int64]:

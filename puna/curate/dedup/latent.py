@@ -12,7 +12,7 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
-from puna.curate.words import hash_words, split_words
+from puna.batches.words import hash_words, split_words
 
 NUM_FEATURES = 2**16
 """Words share so many counters, by their hash."""

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numba import njit
 
+from puna.batches.shingles import Hashes, Positions, hash_shingles
+from puna.batches.words import hash_words, scramble, split_words
 from puna.curate.dedup.clusters import connected_components
 from puna.curate.dedup.database import keys_database, write_decisions
 from puna.curate.dedup.outcomes import document_numbers, keep_one
-from puna.curate.dedup.shingles import Hashes, Positions, hash_shingles
 from puna.curate.document import Outcome
-from puna.curate.words import hash_words, scramble, split_words
 
 _SIGNATURE_ROWS = 2**14
 """Candidate pairs whose signatures are compared at a time."""

@@ -10,11 +10,12 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
+from puna.batches.shingles import Positions, hash_shingles
+from puna.batches.words import hash_words, split_words, text_buffers
+from puna.curate.dedup.cut import cut_words
 from puna.curate.dedup.database import keys_database, write_decisions
 from puna.curate.dedup.outcomes import reasons_where, with_texts
-from puna.curate.dedup.shingles import Positions, cut_words, hash_shingles
 from puna.curate.document import Outcome, split
-from puna.curate.words import hash_words, split_words, text_buffers
 
 KEYS = pa.schema({"document": pa.int64(), "word": pa.int32(), "hash": pa.uint64()})
 
@@ -23,7 +24,7 @@ KEYS = pa.schema({"document": pa.int64(), "word": pa.int32(), "hash": pa.uint64(
 class SubstringDuplicates:
     """Remove passages that have occurred before, in any document or in the same one (Lee et al. 2022, section 4.1).
 
-    Every run of min_words words (as `puna.curate.words` has them; what stands between them does not count) is compared
+    Every run of min_words words (as `puna.batches.words` has them; what stands between them does not count) is compared
     with every other, by a 64-bit hash. So all repeated passages of at least so many words are found, with their exact
     ends. A word is removed if it is in a run that has occurred before and not in one that is the first of several: of
     every run of min_words words that was removed anywhere, the first copy stands whole in the result. For that, pieces

@@ -8,6 +8,7 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
+from puna.batches.words import Bytes, Positions, character_classes, decode, text_buffers
 from puna.curate.document import Outcome
 from puna.curate.filters.lines import count_characters, is_space, next_line, strip_left, strip_right
 from puna.curate.filters.phrases import Phrases, compile_phrases, find_phrases
@@ -15,7 +16,6 @@ from puna.curate.filters.reasons import first_reason, require_not_negative
 from puna.curate.filters.sentences import count_sentences
 from puna.curate.filters.texts import split_with_texts, texts_of
 from puna.curate.filters.tokens import mark_kinds
-from puna.curate.words import Bytes, Positions, character_classes, decode, text_buffers
 
 POLICY_PHRASES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _CITATIONS = (b"[edit]", b"[citation needed]")

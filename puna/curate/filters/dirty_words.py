@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from puna.batches.words import hash_words, split_words
 from puna.curate.document import Outcome, split
 from puna.curate.filters.lists import read_list
 from puna.curate.filters.reasons import first_reason, ratio, require_not_negative, require_shares
 from puna.curate.filters.texts import with_column
-from puna.curate.words import hash_words, split_words
 
 ADULT_WORDS = (
     *("porn", "porno", "pornography", "xxx", "hentai", "milf", "blowjob", "cumshot", "creampie", "gangbang", "bukkake"),

@@ -8,11 +8,11 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
+from puna.batches.words import TERMINAL, Bytes, Positions, character_classes, decode, hash_bytes, text_buffers
 from puna.curate.document import Outcome, split
 from puna.curate.filters.lines import count_characters, last_character, strip_left
 from puna.curate.filters.reasons import first_reason, ratio, require_not_negative, require_shares
 from puna.curate.filters.tokens import mark_kinds, next_token
-from puna.curate.words import TERMINAL, Bytes, Positions, character_classes, decode, hash_bytes, text_buffers
 
 _COLUMNS = 7
 _SMALLEST = 1e-9

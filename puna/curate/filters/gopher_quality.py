@@ -9,11 +9,7 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
-from puna.curate.document import Outcome, split
-from puna.curate.filters.lines import count_characters, ends_in_ellipsis, next_line, strip_left, strip_right
-from puna.curate.filters.reasons import first_reason, ratio, require_not_negative, require_shares
-from puna.curate.filters.tokens import mark_kinds, next_token
-from puna.curate.words import (
+from puna.batches.words import (
     DIGIT,
     LETTER,
     MARK,
@@ -25,6 +21,10 @@ from puna.curate.words import (
     hash_bytes,
     text_buffers,
 )
+from puna.curate.document import Outcome, split
+from puna.curate.filters.lines import count_characters, ends_in_ellipsis, next_line, strip_left, strip_right
+from puna.curate.filters.reasons import first_reason, ratio, require_not_negative, require_shares
+from puna.curate.filters.tokens import mark_kinds, next_token
 
 _MAX_STOP_WORDS = 64
 _COLUMNS = 10

@@ -8,11 +8,11 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
+from puna.batches.words import Bytes, Positions, character_classes, hash_bytes, text_buffers
 from puna.curate.document import Outcome, split
 from puna.curate.filters.lines import count_characters, strip_left, strip_right
 from puna.curate.filters.reasons import first_reason, ratio, require_shares
 from puna.curate.filters.tokens import mark_kinds, next_token
-from puna.curate.words import Bytes, Positions, character_classes, hash_bytes, text_buffers
 
 _FIRST_TOP, _FIRST_DUPLICATE = 2, 5
 _CHARACTERS, _PARAGRAPHS, _LINES, _N_GRAMS = 0, 1, 4, 7

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from puna.batches.words import split_words
 from puna.curate.document import Outcome, split
 from puna.curate.filters.reasons import first_reason, require_not_negative
-from puna.curate.words import split_words
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from puna.curate.filters.reasons import require_not_negative
-from puna.curate.words import (
+from puna.batches.words import (
     Bytes,
     Positions,
     character_classes,
@@ -31,6 +30,7 @@ from puna.curate.words import (
     scramble,
     text_buffers,
 )
+from puna.curate.filters.reasons import require_not_negative
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path
 

@@ -2,7 +2,7 @@
 
 from numba import njit
 
-from puna.curate.words import Bytes, decode
+from puna.batches.words import Bytes, decode
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from puna.curate.words import scramble
+from puna.batches.words import scramble
 from puna.evaluate.baselines import KneserNey
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path

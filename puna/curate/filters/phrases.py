@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from puna.curate.words import Bytes
+from puna.batches.words import Bytes
 
 
 class Phrases(NamedTuple):

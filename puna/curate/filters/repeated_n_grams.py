@@ -8,11 +8,7 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
-from puna.curate.document import Outcome
-from puna.curate.filters.lines import next_line
-from puna.curate.filters.reasons import first_reason, require_shares
-from puna.curate.filters.texts import split_with_texts, texts_of
-from puna.curate.words import (
+from puna.batches.words import (
     Bytes,
     Positions,
     character_classes,
@@ -21,6 +17,10 @@ from puna.curate.words import (
     next_word,
     text_buffers,
 )
+from puna.curate.document import Outcome
+from puna.curate.filters.lines import next_line
+from puna.curate.filters.reasons import first_reason, require_shares
+from puna.curate.filters.texts import split_with_texts, texts_of
 
 _KEPT, _NO_LINES = range(2)
 

@@ -2,9 +2,9 @@
 
 from numba import njit
 
+from puna.batches.words import MARK, SYMBOL, TERMINAL, Bytes, decode
 from puna.curate.filters.lines import last_character
 from puna.curate.filters.tokens import next_token
-from puna.curate.words import MARK, SYMBOL, TERMINAL, Bytes, decode
 
 
 @njit(cache=True, nogil=True)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from puna.batches.words import Positions, hash_words, split_words
 from puna.curate.document import REQUIRED, Outcome, split
 from puna.curate.filters.reasons import first_reason
 from puna.curate.filters.texts import with_column
-from puna.curate.words import Positions, hash_words, split_words
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path
 

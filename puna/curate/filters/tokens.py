@@ -1,8 +1,8 @@
 """Words and marks of a text, about as tokenizers of the Penn Treebank's kind part them (spaCy, NLTK).
 
 Filters whose published limits were set with such tokenizers count in these; everything else counts in
-`puna.curate.words`. At the ends of what white space parts, every mark is a token of its own, but for runs of full stops
-and for marks that stick to their word (-x, /usr, C++, user@). Inside, marks are part of the word but for those that
+`puna.batches.words`. At the ends of what white space parts, every mark is a token of its own, but for runs of full
+stops and for marks that stick to their word (-x, /usr, C++, user@). Inside, marks are part of the word but for those that
 separate: hyphens, slashes, colons and the like before a letter, commas and capitals behind a full stop, operators
 between digits. It's two: it, 's. Addresses with :// are one. Each Han, Hiragana and Katakana character is one.
 """
@@ -13,8 +13,8 @@ from functools import cache
 import numpy as np
 from numba import njit
 
+from puna.batches.words import DIGIT, LETTER, MARK, SYMBOL, Bytes, character_classes, decode
 from puna.curate.filters.lines import last_character
-from puna.curate.words import DIGIT, LETTER, MARK, SYMBOL, Bytes, character_classes, decode
 
 _PLAIN, _ICON, _LINK, _DASH, _COMMA, _STOP, _OPERATOR = range(7)
 _STICKY = 8

@@ -14,10 +14,10 @@ import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
+from puna.batches.words import DIGIT, IDEOGRAPH, LETTER, Bytes, Positions, character_classes, decode, text_buffers
 from puna.curate.document import Outcome, split
 from puna.curate.filters.reasons import first_reason, ratio, require_shares
 from puna.curate.filters.texts import split_with_texts
-from puna.curate.words import DIGIT, IDEOGRAPH, LETTER, Bytes, Positions, character_classes, decode, text_buffers
 
 _KIND = 15
 _PREAMBLE = re.compile(r"(?:#![^\n]*\n)?(?:[ \t]*#[^\n]*coding[:=][^\n]*\n)?(?:<\?(?:php|xml)\b[^\n]*\n)?\s*")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.curate.dedup.decontaminate import REASON, Decontaminate, build_set, contained
+from puna.batches.shingles import build_set, contained
+from puna.curate.dedup.decontaminate import REASON, Decontaminate
 from puna.runtime.errors import InputError
 
 QUESTION = "Natalia sold clips to 48 of her friends in April and then half as many in May"

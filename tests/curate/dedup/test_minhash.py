@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.batches.shingles import hash_shingles
+from puna.batches.words import hash_words, split_words
 from puna.curate.dedup.clusters import find_roots, unite
 from puna.curate.dedup.minhash import NearDuplicates, hash_bands, hash_functions, sign
-from puna.curate.dedup.shingles import hash_shingles
-from puna.curate.words import hash_words, split_words
 
 REASON = "near-duplicate of an earlier document"
 MASK = 2**64 - 1

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.batches.words import hash_words, split_words
 from puna.curate.dedup.kmeans import find_centroids, find_repeated, nearest_centroids
 from puna.curate.dedup.latent import NUM_FEATURES, count_words, latent_vectors
 from puna.curate.dedup.minhash import NearDuplicates
 from puna.curate.dedup.semantic import SemanticDuplicates
-from puna.curate.words import hash_words, split_words
 
 REASON = "says the same as another document"
 

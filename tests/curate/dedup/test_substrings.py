@@ -4,9 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from puna.curate.dedup.shingles import cut_words
+from puna.batches.words import split_words, text_buffers
+from puna.curate.dedup.cut import cut_words
 from puna.curate.dedup.substrings import SubstringDuplicates
-from puna.curate.words import split_words, text_buffers
 
 EMPTY = "empty after substring deduplication"
 

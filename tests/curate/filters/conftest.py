@@ -6,10 +6,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
+from puna.batches.words import character_classes, text_buffers
 from puna.curate.document import REQUIRED, Document, Outcome, table_of
 from puna.curate.filters.tokens import mark_kinds, next_token
 from puna.curate.step import Step
-from puna.curate.words import character_classes, text_buffers
 
 PIECES = (
     *("the", "be", "to", "of", "word", "It's", "don't", "Hello", "café", "e\u0301", "x1", "42", "3.14", "1,000", "a-b"),

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.batches.words import hash_words, split_words
 from puna.curate.filters.classifier import Classifier
 from puna.curate.filters.language import Language
 from puna.curate.filters.linear import Features, LinearClassifier, load_classifier, train_classifier
@@ -23,7 +24,6 @@ from puna.curate.filters.ngram_model import NgramModel, load_ngram_model
 from puna.curate.filters.perplexity import Perplexity, kenlm_perplexities, read_cut_offs
 from puna.curate.filters.score_quantiles import ScoreQuantiles
 from puna.curate.filters.token_divergence import TokenDivergence, save_word_distribution, train_word_distribution
-from puna.curate.words import hash_words, split_words
 from puna.evaluate.baselines import KneserNey
 from puna.runtime.errors import InputError
 from puna.tokenizer.train import train_sentencepiece_bpe

@@ -1,11 +1,10 @@
-"""Shingles: runs of consecutive words, hashed; and texts with runs of words cut out."""
+"""Shingles: runs of consecutive words, hashed; and sets of them, to look others up in."""
 
 import numpy as np
-import pyarrow as pa
 from numba import njit
 from numpy.typing import NDArray
 
-from puna.curate.words import Words, scramble
+from puna.batches.words import scramble
 
 Hashes = NDArray[np.uint64]
 Positions = NDArray[np.int64]
@@ -51,41 +50,28 @@ def hash_shingles(hashes: Hashes, documents: Positions, length: int) -> tuple[Ha
 
 
 @njit(cache=True, nogil=True)
-def _cut(
-    data: NDArray[np.uint8],
-    offsets: Positions,
-    starts: Positions,
-    documents: Positions,
-    removed: NDArray[np.bool_],
-) -> tuple[NDArray[np.uint8], Positions]:
-    kept = np.empty(offsets[-1] - offsets[0], np.uint8)
-    new_offsets = np.zeros(len(offsets), np.int64)
-    size = 0
-    for document in range(len(offsets) - 1):
-        at = offsets[document]
-        keeping = True
-        for word in range(documents[document], documents[document + 1]):
-            if removed[word] == keeping:
-                if keeping:
-                    kept[size : size + starts[word] - at] = data[at : starts[word]]
-                    size += starts[word] - at
-                at = starts[word]
-                keeping = not keeping
-        if keeping:
-            kept[size : size + offsets[document + 1] - at] = data[at : offsets[document + 1]]
-            size += offsets[document + 1] - at
-        new_offsets[document + 1] = size
-    return kept[:size], new_offsets
+def build_set(values: Hashes) -> Hashes:
+    """Open-addressing hash table of different values, at most half full; 0 marks a free slot."""
+    size = 2
+    while size < 2 * len(values) + 2:
+        size *= 2
+    table = np.zeros(size, np.uint64)
+    for value in values:
+        slot = value & np.uint64(size - 1)
+        while table[slot] != 0:
+            slot = (slot + np.uint64(1)) & np.uint64(size - 1)
+        table[slot] = value
+    return table
 
 
-def cut_words(words: Words, offsets: Positions, removed: NDArray[np.bool_]) -> pa.Array:
-    """Texts without some of their words, each removed with what separates it from the word after it.
-
-    Args:
-        words: of the texts.
-        offsets: where each text begins in `words.data`, and the end.
-        removed: one for each word.
-    """
-    data, new_offsets = _cut(words.data, offsets, words.starts, words.documents, removed)
-    buffers = [None, pa.py_buffer(new_offsets.astype(np.int64)), pa.py_buffer(data)]
-    return pa.Array.from_buffers(pa.large_string(), len(offsets) - 1, buffers).cast(pa.string())
+@njit(cache=True, nogil=True)
+def contained(values: Hashes, table: Hashes) -> NDArray[np.bool_]:
+    """Which of the values are in the table."""
+    found = np.zeros(len(values), np.bool_)
+    mask = np.uint64(len(table) - 1)
+    for at in range(len(values)):
+        slot = values[at] & mask
+        while table[slot] != 0 and table[slot] != values[at]:
+            slot = (slot + np.uint64(1)) & mask
+        found[at] = table[slot] == values[at] and values[at] != 0
+    return found

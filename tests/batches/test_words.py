@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.curate.words import (
+from puna.batches.words import (
     DIGIT,
     IDEOGRAPH,
     LETTER,
