@@ -1,0 +1,1 @@
+"""How sure a score is: standard errors, intervals, paired differences, seeds, and how many questions it takes."""
