@@ -1,37 +1,26 @@
 """`puna reject`: answer each prompt several times and keep the answer that a reward model likes best.
 
 Rejection sampling as in Llama 2 (arXiv:2307.09288, section 3.2.3) and Llama 3 (arXiv:2407.21783, section 4.2.2).
-
-Shapes: B texts, T tokens.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from puna.align.reward import HEAD
-from puna.align.rows import open_tokenizer
-from puna.batches.packing import IGNORE, PADDING, TokenBatch
+from puna.align.draw import draw_answers
+from puna.align.scoring import answer_rewards, open_reward_model
 from puna.batches.preferences import Messages, read_prompts
 from puna.config import to_plain
 from puna.infer.config import EngineConfig
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
-from puna.peft.heads import HeadModel, head_logits, load_head_model
 from puna.runtime.devices import open_device
 from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, write_jsonl
 from puna.runtime.manifest import Manifest, content_hash
-from puna.runtime.progress import progress, say
-from puna.runtime.seeds import derive_seed
-from puna.tokenizer.chat import render_chat
-
-_SCORED_AT_ONCE = 16
+from puna.runtime.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,85 +78,37 @@ def main(config: RejectConfig) -> None:
     Raises:
         InputError: a model, the prompts or the sampling is wrong; or no prompt has a whole answer.
     """
-    prompts = list(_take(config))
-    head = load_head_model(config.reward, dtype=torch.float32)
-    if len(head.spec.labels) != 1 or head.spec.architecture != HEAD.architecture:
-        raise InputError(f"The head in {config.reward} has {len(head.spec.labels)} outputs; a reward model has one.")
-    if head.tokenizer.chat_template is None:
-        raise InputError(f"The reward model in {config.reward} has no chat template, so it cannot read answers.")
+    prompts = list(read_prompts(config.prompts, config.max_prompts))
+    head = open_reward_model(config.reward)
     answers = _draw(config, [prompt for _, prompt in prompts])
-    chats = [
-        render_chat(head.tokenizer, [*prompt, {"role": "assistant", "content": text}]).ids
-        for (_, prompt), own in zip(prompts, answers, strict=True)
-        for text in own
-    ]
     head.model.to(open_device(config.engine.device))
-    scores = iter(score(head, chats))
-    scored = [[Sample(text, temperature, next(scores)) for text, temperature in own.items()] for own in answers]
+    rewards = answer_rewards(head, [prompt for _, prompt in prompts], [list(own) for own in answers])
+    scored = [
+        [Sample(text, temperature, reward) for (text, temperature), reward in zip(own.items(), given, strict=True)]
+        for own, given in zip(answers, rewards, strict=True)
+    ]
     _write(config, prompts, scored)
-
-
-def _take(config: RejectConfig) -> Iterator[tuple[str, Messages]]:
-    """Where each prompt stands, and it."""
-    for number, found in enumerate(read_prompts(config.prompts), start=1):
-        yield found
-        if number == config.max_prompts:
-            return
 
 
 def _draw(config: RejectConfig, prompts: Sequence[Messages]) -> list[dict[str, float]]:
     """The different whole answers to each prompt, and the temperature at which each came up first."""
-    tokenizer = open_tokenizer(config.model, "keep")
     engine = load_engine(config.model, config.engine)
-    requests, params = [], []
-    for number, prompt in enumerate(prompts):
-        ids = render_chat(tokenizer, prompt, add_generation_prompt=True).ids
-        for temperature in config.temperatures:
-            for sample in range(config.samples):
-                seed = derive_seed(config.seed, "answer", number, sample) % 2**63
-                requests.append(ids)
-                params.append(replace(config.sampling, temperature=temperature, seed=seed))
-    with progress("Answering", total=len(requests)) as advance:
-        completions = iter(engine.generate(requests, params, new_text=True, finished=advance))
+    drawn = draw_answers(
+        engine,
+        prompts,
+        samples=config.samples,
+        temperatures=config.temperatures,
+        sampling=config.sampling,
+        seed=config.seed,
+    )
     found: list[dict[str, float]] = []
-    for _ in prompts:
+    for answers in drawn:
         own: dict[str, float] = {}
-        for temperature in config.temperatures:
-            for _ in range(config.samples):
-                completion = next(completions)
-                text = completion.text.strip()
-                if completion.finish_reason == "stop" and text:
-                    own.setdefault(text, temperature)
+        for answer in answers:
+            if answer.finished and answer.text:
+                own.setdefault(answer.text, answer.temperature)
         found.append(own)
     return found
-
-
-@torch.no_grad()
-def score(head: HeadModel, texts: Sequence[Sequence[int]]) -> list[float]:
-    """The reward of each text, given by its ids."""
-    device = head.model.embedding.weight.device
-    by_length = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-    found = torch.empty(len(texts))
-    with progress("Scoring", total=len(texts)) as advance:
-        for start in range(0, len(texts), _SCORED_AT_ONCE):
-            chosen = by_length[start : start + _SCORED_AT_ONCE]
-            batch, last_B = _batch([texts[n] for n in chosen], head.tokenizer.pad_id)
-            rewards_BT = head_logits(head.model, batch.to(device), head.spec.module, head.attention)[:, :, 0].cpu()
-            found[chosen] = rewards_BT.gather(1, last_B[:, None]).squeeze(1)
-            advance(len(chosen))
-    return [float(value) for value in found]
-
-
-def _batch(texts: Sequence[Sequence[int]], pad_id: int) -> tuple[TokenBatch, Tensor]:
-    """Texts as rows, filled up on the right, and the place of each one's last token."""
-    lengths_B = torch.tensor([len(text) for text in texts])
-    places_T = torch.arange(int(lengths_B.max()))
-    ids_BT = torch.full((len(texts), len(places_T)), pad_id)
-    for row, text in enumerate(texts):
-        ids_BT[row, : len(text)] = torch.tensor(text)
-    documents_BT = torch.where(places_T < lengths_B[:, None], 0, PADDING)
-    labels_BT = torch.full_like(ids_BT, IGNORE)
-    return TokenBatch(ids_BT, labels_BT, places_T.expand_as(ids_BT).clone(), documents_BT), lengths_B - 1
 
 
 def _write(config: RejectConfig, prompts: Sequence[tuple[str, Messages]], scored: Sequence[Sequence[Sample]]) -> None:

@@ -85,29 +85,42 @@ def to_preference(row: Row) -> Preference:
     return preference
 
 
-def read_prompts(path: Path) -> Iterator[tuple[str, Messages]]:
+def read_prompts(path: Path, most: int = 0) -> Iterator[tuple[str, Messages]]:
     """Prompts of a file or folder, each with the line that it stands in: a column "prompt" (a text or messages), or
     what was said before the last answers of conversations and preferences.
+
+    Args:
+        most: end after so many; 0 takes all.
 
     Raises:
         InputError: a row has none; names its line. Or there is no row.
     """
-    found = False
-    for row in read_table(path):
-        found = True
-        if "chosen" in row.values or "answers" in row.values or "label" in row.values:
-            prompt = to_preference(row).prompt
-        elif "prompt" in row.values:
-            prompt = _prompt(row.where, row.values) or []
-        else:
-            prompt = to_conversation(row).messages
-            while prompt and prompt[-1]["role"] in ("assistant", "tool"):
-                prompt = prompt[:-1]
-        if not prompt or prompt[-1]["role"] == "assistant":
-            raise InputError(f"{row.where}: there is nothing to answer.")
-        yield row.where, prompt
-    if not found:
+    number = 0
+    for number, row in enumerate(read_table(path), start=1):
+        yield row.where, prompt_of(row)
+        if number == most:
+            return
+    if not number:
         raise InputError(f"There is no prompt in {path}.")
+
+
+def prompt_of(row: Row) -> Messages:
+    """What there is to answer in a row; see `read_prompts`.
+
+    Raises:
+        InputError: nothing; names its line.
+    """
+    if "chosen" in row.values or "answers" in row.values or "label" in row.values:
+        prompt = to_preference(row).prompt
+    elif "prompt" in row.values:
+        prompt = _prompt(row.where, row.values) or []
+    else:
+        prompt = to_conversation(row).messages
+        while prompt and prompt[-1]["role"] in ("assistant", "tool"):
+            prompt = prompt[:-1]
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise InputError(f"{row.where}: there is nothing to answer.")
+    return prompt
 
 
 def with_mismatched(preferences: Iterable[Preference | InputError]) -> Iterator[Preference | InputError]:

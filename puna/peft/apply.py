@@ -259,6 +259,22 @@ def merged(model: Transformer) -> Iterator[None]:
             adapted.merged = False
 
 
+@contextmanager
+def disabled(model: Transformer) -> Iterator[None]:
+    """Compute without the adapters for the time of a `with`: as the model did before they were put on.
+
+    What a method trains of the model itself stays as it is.
+    """
+    maps = [adapted for adapted in adapted_maps(model).values() if not adapted.merged]
+    for adapted in maps:
+        adapted.merged = True  # the base alone is the answer
+    try:
+        yield
+    finally:
+        for adapted in maps:
+            adapted.merged = False
+
+
 def common_targets(names: Collection[str], all_names: Collection[str]) -> tuple[str, ...]:
     """Last parts of `names` ("query"), if these choose exactly them out of `all_names`; else the names themselves."""
     lasts = sorted({name.rpartition(".")[2] for name in names})

@@ -1,10 +1,10 @@
 """Heads in place of the projection to the vocabulary: put on a model, and in model directories as `transformers` loads
 them, or in adapter directories, for methods that cannot be merged.
 
-Shapes: B rows, T tokens, D model dimension, C outputs of the head.
+Shapes: N texts, B rows, T tokens, D model dimension, C outputs of the head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from puna.batches.packing import TokenBatch
+from puna.batches.packing import IGNORE, PADDING, TokenBatch
 from puna.kernels.attend import document_attend
 from puna.model.attend import Attend, DocumentAttend
 from puna.model.transformer import Linear, Transformer
@@ -40,6 +40,8 @@ _HEADS = {
     "ForQuestionAnswering": ("qa_outputs", "QUESTION_ANS"),
 }
 """Kind of a head -> its name in `transformers`, and PEFT's name of the task."""
+
+_READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,40 @@ def head_logits(model: Transformer, batch: TokenBatch, module: str, attention: A
     head = model.get_submodule(module)
     logits: Tensor = model(batch.ids_BT, batch.positions_BT, attend, lambda h_BTD, _: head(h_BTD))
     return logits.float()
+
+
+@torch.no_grad()
+def last_logits(
+    head: HeadModel, texts: Sequence[Sequence[int]], read: Callable[[int], object] = lambda amount: None
+) -> Tensor:
+    """What the head says at the last token of each text, float32 [N, C] on the CPU.
+
+    Args:
+        texts: the ids of each; none is empty.
+        read: called with the number of texts each time that some have been read.
+    """
+    device = head.model.embedding.weight.device
+    by_length = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+    found_NC = torch.empty(len(texts), len(head.spec.labels))
+    for start in range(0, len(texts), _READ_AT_ONCE):
+        chosen = by_length[start : start + _READ_AT_ONCE]
+        batch, last_B = _filled_up([texts[n] for n in chosen], head.tokenizer.pad_id)
+        logits_BTC = head_logits(head.model, batch.to(device), head.spec.module, head.attention).cpu()
+        found_NC[chosen] = logits_BTC[torch.arange(len(chosen)), last_B]
+        read(len(chosen))
+    return found_NC
+
+
+def _filled_up(texts: Sequence[Sequence[int]], pad_id: int) -> tuple[TokenBatch, Tensor]:
+    """Texts as rows, filled up on the right, and the place of each one's last token."""
+    lengths_B = torch.tensor([len(text) for text in texts])
+    places_T = torch.arange(int(lengths_B.max()))
+    ids_BT = torch.full((len(texts), len(places_T)), pad_id)
+    for row, text in enumerate(texts):
+        ids_BT[row, : len(text)] = torch.tensor(text)
+    documents_BT = torch.where(places_T < lengths_B[:, None], 0, PADDING)
+    labels_BT = torch.full_like(ids_BT, IGNORE)
+    return TokenBatch(ids_BT, labels_BT, places_T.expand_as(ids_BT).clone(), documents_BT), lengths_B - 1
 
 
 def save_head_model(

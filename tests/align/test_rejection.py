@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from puna.align.rejection import RejectConfig, score
+from puna.align.rejection import RejectConfig
 from puna.align.rejection import main as reject
+from puna.align.scoring import score
 from puna.batches.conversations import read_conversations
 from puna.config import load_config
 from puna.peft.heads import load_head_model
