@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.pipeline.record import StageRecord
+from puna.pipeline.rounds import round_lines
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_jsonl
 from puna.runtime.manifest import FILE_NAME, Manifest
@@ -59,10 +60,11 @@ def write_report(output: Path, records: Sequence[StageRecord]) -> Path:
         files("puna.pipeline").joinpath("report.html.jinja").read_text(encoding="utf-8"),
         title=output.resolve().name,
         created=max((manifest.created for manifest in manifests.values()), default=""),
+        rounds=round_lines(manifests),
         numbers=_numbers(manifests),
         figures=_figures(output, records, manifests),
         answers=_answers(output, records),
-        samples=_rows(output, records, "samples.jsonl"),
+        samples=_rows(output, records, "continuations.jsonl"),
         lineage=[
             {
                 "name": record.name,
@@ -82,7 +84,13 @@ def write_report(output: Path, records: Sequence[StageRecord]) -> Path:
 
 def print_summary(output: Path, records: Sequence[StageRecord]) -> None:
     """The few numbers and answers that one wants to see in the terminal."""
-    for row in _numbers(_manifests(output, records)):
+    manifests = _manifests(output, records)
+    columns, lines = round_lines(manifests)
+    for number, *values in lines:
+        say(f"  round {number}")
+        for column, value in zip(columns, values, strict=True):
+            say(f"    {column:<44} {value}")
+    for row in _numbers(manifests):
         if row["unit"] in ("bits/byte", "word F1, 0 to 1", "tokens/s"):
             say(f"  {row['stage']:<12} {row['name']:<44} {row['value']:>10} {row['unit']}")
     for group in _answers(output, records):

@@ -12,6 +12,22 @@ stage named corpus, which has to stand before.
 
     [tokenizer]
     documents = "{corpus}/train.jsonl"
+
+What is done again and again stands in [round.NAME], and `rounds` at the top says how often. In there `{NAME}` is the
+stage of the same round, `{previous.NAME}` that of the round before, and `{round}` the round's number. The first round
+has none before: `{previous.NAME or start}` then stands for the stage `start`, and a setting that needs the round before
+is left out. After the rounds, `{previous.NAME}` is that of the last. More rounds leave the first ones as they are.
+
+    rounds = 2
+
+    [round.answers]
+    stage = "reject"
+    model = "{previous.tuned or assistant}/model"
+
+    [round.tuned]
+    stage = "finetune"
+    model = "{previous.tuned or assistant}/model"
+    conversations = "{answers}/conversations.jsonl"
 """
 
 import contextlib
@@ -35,8 +51,9 @@ from puna.runtime.files import read_json, write_json
 from puna.runtime.manifest import code_version, content_hash
 from puna.runtime.progress import duration, say
 
-_REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
+_REFERENCE = re.compile(r"\{([A-Za-z0-9_.-]+)(?: or ([A-Za-z0-9_-]+))?\}")
 _RECORDS = ".run"
+_ROUND = "round"
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class PlannedStage:
     """One stage of a run, its configuration checked."""
 
     name: str
-    """Within the run; the output's folder name too."""
+    """Within the run; the output's folder too, as in "round2/tuned"."""
     command: str
     """Such as "pretrain"."""
     config: Any
@@ -94,49 +111,98 @@ def plan(values: dict[str, Any], source: str) -> tuple[Path, list[PlannedStage]]
     if not isinstance(output, str):
         raise InputError(f'{source} has no top-level output = "FOLDER".')
     root = Path(output).expanduser()
+    rounds = values.pop("rounds", 0)
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or (rounds > 0) != (_ROUND in values):
+        raise InputError(
+            f"{source}: rounds is {rounds!r}. Tables [{_ROUND}.NAME] and rounds = NUMBER, from 1 on, belong together."
+        )
     stages: list[PlannedStage] = []
+    names: dict[str, str | None] = {}
     for name, table in values.items():
         if not isinstance(table, dict):
             raise InputError(f"{source}: {name} is not a table. At the top stand `output` and one table a stage.")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise InputError(f"{source}: a stage's name is letters, digits, - and _; {name!r} is not.")
-        if "output" in table:
-            raise InputError(f"{source}: [{name}] sets output, but in a run a stage writes to {root / name}.")
-        table = dict(table)
-        command = table.pop("stage", name)
-        kind, main = load_stage(command)
-        folders = {stage.name: str(stage.output) for stage in stages}
-        needs: list[str] = []
-        resolved = _resolve(table, folders, needs, f"{source}: {name}")
-        config = parse_config(kind, {"output": str(root / name)} | resolved, f"{source}, [{name}]")
-        stages.append(PlannedStage(name, command, config, main, tuple(dict.fromkeys(needs)), root / name))
+        if name != _ROUND:
+            stages.append(_plan_stage(name, table, _Scope(root, source, names)))
+            names[name] = name
+            continue
+        previous: dict[str, str | None] = {f"previous.{own}": None for own in table}
+        for number in range(1, rounds + 1):
+            here = names | previous
+            for own, stage in table.items():
+                if not isinstance(stage, dict):
+                    raise InputError(f"{source}: {_ROUND}.{own} is not a table; [{_ROUND}] holds one table a stage.")
+                if own in values:
+                    raise InputError(f"{source}: [{_ROUND}.{own}] and [{own}] have the same name.")
+                stages.append(_plan_stage(own, stage, _Scope(root, source, here, str(number))))
+                here[own] = stages[-1].name
+            previous = {f"previous.{own}": here[own] for own in table}
+        names |= previous
     if not stages:
         raise InputError(f"{source} has no stage.")
     return root, stages
 
 
-def _resolve(value: Any, folders: dict[str, str], needs: list[str], where: str) -> Any:
-    """`value` with every {name} replaced; `needs` collects the names."""
+@dataclass(frozen=True)
+class _Scope:
+    """What references in a table may say."""
 
-    def folder(match: re.Match[str]) -> str:
-        if match[1] not in folders:
-            before = ", ".join(folders) or "none"
-            raise InputError(f"{where} refers to {match[0]}, but no stage of that name stands before it ({before}).")
-        needs.append(match[1])
-        return folders[match[1]]
+    root: Path
+    source: str
+    names: dict[str, str | None]
+    """As written -> the stage's name in the run; None where the first round speaks of the one before."""
+    number: str = ""
+    """Of the round, within one."""
 
-    if isinstance(value, str):
-        return _REFERENCE.sub(folder, value)
-    if isinstance(value, dict):
-        return {key: _resolve(part, folders, needs, where) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_resolve(part, folders, needs, where) for part in value]
-    return value
+    def resolve(self, value: Any, needs: list[str], where: str) -> Any:
+        """`value` with references replaced, and without what there is no round before for; `needs` collects stages."""
+        if isinstance(value, dict):
+            parts = {key: self.resolve(part, needs, where) for key, part in value.items()}
+            return {key: part for key, part in parts.items() if part is not None}
+        if isinstance(value, list):
+            return [part for each in value if (part := self.resolve(each, needs, where)) is not None]
+        if not isinstance(value, str):
+            return value
+        found = {match[0]: self._stage(match, where) for match in _REFERENCE.finditer(value)}
+        if None in found.values():
+            return None
+        stages = {text: stage for text, stage in found.items() if stage}
+        needs += stages.values()
+        return _REFERENCE.sub(lambda m: str(self.root / stages[m[0]]) if m[0] in stages else self.number, value)
+
+    def _stage(self, match: re.Match[str], where: str) -> str | None:
+        """The stage's name in the run; "" for the round's number, None for a round before the first."""
+        if match[0] == f"{{{_ROUND}}}" and self.number:
+            return ""
+        written = [name for name in match.groups() if name]
+        if unknown := [name for name in written if name not in self.names]:
+            before = ", ".join(self.names) or "none"
+            raise InputError(
+                f"{where} refers to {{{unknown[0]}}}, but no stage of that name stands before it ({before})."
+            )
+        return next((stage for name in written if (stage := self.names[name])), None)
+
+
+def _plan_stage(name: str, table: dict[str, Any], scope: _Scope) -> PlannedStage:
+    """A table of the recipe as a stage."""
+    source = scope.source
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f"{source}: a stage's name is letters, digits, - and _; {name!r} is not.")
+    full = f"{_ROUND}{scope.number}/{name}" if scope.number else name
+    output = scope.root / full
+    if "output" in table:
+        raise InputError(f"{source}: [{name}] sets output, but in a run a stage writes to {output}.")
+    table = dict(table)
+    command = table.pop("stage", name)
+    kind, main = load_stage(command)
+    needs: list[str] = []
+    resolved = scope.resolve(table, needs, f"{source}: {name}")
+    config = parse_config(kind, {"output": str(output)} | resolved, f"{source}, [{name}]")
+    return PlannedStage(full, command, config, main, tuple(dict.fromkeys(needs)), output)
 
 
 def _bring_up_to_date(stage: PlannedStage, root: Path, before: dict[str, StageRecord], position: str) -> StageRecord:
     path = root / _RECORDS / f"{stage.name}.json"
-    fingerprint = _fingerprint(stage, before)
+    fingerprint = _fingerprint(stage, root, before)
     old = StageRecord(**read_json(path)) if path.exists() else None
     same = old is not None and old.fingerprint == fingerprint and stage.output.exists()
     if old is not None and same and old.done:
@@ -172,8 +238,8 @@ def _set_aside(output: Path, place: Path) -> Iterator[None]:
     shutil.rmtree(place, ignore_errors=True)
 
 
-def _fingerprint(stage: PlannedStage, before: dict[str, StageRecord]) -> str:
-    made_here = [str(stage.output.parent / name) for name in stage.needs]
+def _fingerprint(stage: PlannedStage, root: Path, before: dict[str, StageRecord]) -> str:
+    made_here = [str(root / name) for name in stage.needs]
     config = to_plain(stage.config)
     outside = {
         text: content_hash(Path(text).expanduser())

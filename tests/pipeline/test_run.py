@@ -215,9 +215,15 @@ def test_shipped_recipes_are_valid() -> None:
     of_one_stage = {"plan.toml": "plan", "parallel.toml": "pretrain", "search.toml": "search"}
     of_one_stage |= {name: "finetune" for name in recipes if name.startswith("finetune/")}
     of_one_stage |= {"align/dpo.toml": "align", "align/reward.toml": "reward", "align/rejection.toml": "reject"}
+    of_one_stage |= {"align/collect.toml": "collect", "rate.toml": "rate"}
+    of_one_stage |= {f"safety/{name}.toml": name for name in ("distil_context", "bias")} | {
+        "safety/guard.toml": "finetune"
+    }
     # What the recipes leave to the user.
     left = {"finetune": ["model=some"], "align": ["model=some", "preferences=some"]}
     left |= {"reward": left["align"], "reject": ["model=some", "reward=some", "prompts=some"]}
+    left |= {"collect": ["models.now=some", "prompts=some"], "bias": ["model=some"], "distil_context": left["reject"]}
+    left |= {"rate": ["models.ours=some", "models.theirs=other"]}
     assert of_one_stage.keys() < recipes.keys()
     for name, path in recipes.items():
         if name in of_one_stage:
