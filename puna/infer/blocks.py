@@ -59,10 +59,10 @@ class BlockManager:
     def find_prefix(self, sequence: Sequence) -> list[int]:
         """The blocks that hold the beginning of `sequence`. One token at least is left, to be computed."""
         found: list[int] = []
-        if not self._share or not sequence.reads_cache:
+        if not self._share:
             return found
         parent = sequence.namespace
-        for start in range(0, sequence.length - self.block_size, self.block_size):
+        for start in range(0, _most_cached(sequence) - self.block_size + 1, self.block_size):
             block = self._by_key.get((parent, tuple(sequence.tokens[start : start + self.block_size])))
             if block is None:
                 break
@@ -89,6 +89,10 @@ class BlockManager:
             return None
         parent = self._names[found[-1]] if found else sequence.namespace
         return (parent, tuple(sequence.tokens[start : start + self.block_size]))
+
+    def wants(self, sequence: Sequence, found: list[int]) -> bool:
+        """Whether a waiting sequence would take over one more block than those `found`."""
+        return (len(found) + 1) * self.block_size <= _most_cached(sequence)
 
     def upcoming_key(self, sequence: Sequence) -> Key | None:
         """The key under which the next block of a running sequence's prompt will be found."""
@@ -143,6 +147,13 @@ class BlockManager:
         sequence.blocks = []
         sequence.num_computed = sequence.num_registered = sequence.stale_from = 0
 
+    def forget(self) -> None:
+        """Find nothing again, and hand blocks out as at the beginning. No block may have an owner."""
+        assert self.num_free == self.num_blocks
+        self._free = OrderedDict.fromkeys(range(self.num_blocks))
+        self._by_key.clear()
+        self._keys = [None] * self.num_blocks
+
     def _own(self, block: int) -> None:
         self._num_owners[block] += 1
         self._free.pop(block, None)
@@ -174,3 +185,9 @@ class BlockManager:
         for parent, tokens in self._by_key:
             assert len(tokens) == self.block_size, "a findable block is not full"
             assert not isinstance(parent, int) or parent in names, "a findable block whose predecessor is not"
+
+
+def _most_cached(sequence: Sequence) -> int:
+    """How many of a sequence's tokens may come from the cache: one at least is left, to be computed."""
+    computed_by_others = sequence.length - 1
+    return computed_by_others if sequence.most_cached is None else min(computed_by_others, sequence.most_cached)

@@ -21,7 +21,7 @@ from puna.infer.config import EngineConfig
 from puna.infer.constrain import Constraints, Matcher, check_support
 from puna.infer.reload import replace_weights
 from puna.infer.request import Completion, Delta, Request, open_decoder
-from puna.infer.runner import ModelRunner
+from puna.infer.runner import ModelRunner, report_next
 from puna.infer.sampling import SamplingParams
 from puna.infer.scheduler import Scheduler
 from puna.infer.speculate import open_speculator
@@ -153,7 +153,7 @@ class Engine:
             check_support(self.tokenizer)
         if params.adapter is not None:
             self.adapters.check(params.adapter)
-        self._check_ids([*(token_id for token_id, _ in params.logit_bias), *params.stop_ids])
+        self._check_ids([*(token_id for token_id, _ in params.logit_bias), *params.stop_ids, *params.next_logprobs])
 
     def _check_ids(self, ids: SequenceOf[int]) -> None:
         if wrong := [i for i in ids if not is_token(self.tokenizer, i)]:
@@ -188,7 +188,7 @@ class Engine:
             priority=priority,
             namespace=(self.weight_version, adapter),
             adapter=adapter,
-            reads_cache=params.prompt_logprobs is None,
+            most_cached=None if params.prompt_logprobs is None else params.prompt_logprobs_from - 1,
             params=params,
             stop_ids=self.stop_ids(params),
             decoder=open_decoder(self.tokenizer, prompt_ids, new_text=new_text),
@@ -221,6 +221,13 @@ class Engine:
             InputError: they do not fit the model (`replace_weights`). Nothing has changed then.
         """
         replace_weights(self.model, source)
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Note that the model's weights have been changed in place, by a training for instance, between two steps.
+
+        For what runs or waits see `load_weights`.
+        """
         self._open_runner()
         self.weight_version += 1
         unfinished = cast(list[Request], self.scheduler.preempt_all())
@@ -228,6 +235,14 @@ class Engine:
             request.namespace = (self.weight_version, request.adapter)
             if not request.num_generated:
                 request.prompt_logprobs.clear()
+
+    def forget_prefixes(self) -> None:
+        """Take nothing over from earlier texts: what is computed next depends, to the last bit, on what is asked next.
+
+        Only for an idle engine.
+        """
+        assert self.idle
+        self.scheduler.blocks.forget()
 
     def _open_runner(self) -> None:
         """What computes; it may keep copies of weights, in an order of its own."""
@@ -271,9 +286,11 @@ class Engine:
         for sequence, num_tokens in plan.items():
             self.scheduler.advance(sequence, min(num_tokens, sequence.num_pending))
         read = [request for request in sampled if request.max_tokens == 0]
-        for request in read:
-            request.finish("length")
-            self._release(request)
+        for row, request in enumerate(sampled):
+            if request.max_tokens == 0:
+                request.next_logprobs = report_next(logits_RV[row], request.params.next_logprobs)
+                request.finish("length")
+                self._release(request)
         if read:
             kept = [i for i, request in enumerate(sampled) if request.max_tokens]
             sampled, logits_RV = [sampled[i] for i in kept], logits_RV[kept]

@@ -30,7 +30,9 @@ class PromptReport:
     num_cached_tokens: int
     """How many of its tokens were found in the cache, so that they cost nothing."""
     logprobs: tuple[TokenLogprob, ...]
-    """One for each token but the first, where the parameters ask for them, else empty."""
+    """One for each token from `SamplingParams.prompt_logprobs_from` on, where parameters ask for them, else empty."""
+    next_logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `SamplingParams.next_logprobs`, with the likeliest token of all, once the prompt is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class Request(Sequence):
         adapter: number of the adapter that it is generated with (`Adapters.acquire`), 0 for none.
         decoder: turns ids into text.
         logprobs: of the generated tokens, where asked for.
-        prompt_logprobs: of the prompt's tokens from the second on, where asked for.
+        prompt_logprobs: of the prompt's tokens, from the first that is asked for on.
+        next_logprobs: of the tokens that could follow, where asked for.
         text: the generated text, as far as it is certain.
         error: why it failed, where it did.
     """
@@ -85,6 +88,7 @@ class Request(Sequence):
     decoder: StreamDecoder
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    next_logprobs: tuple[TokenLogprob, ...] = ()
     text: str = ""
     error: str = ""
     _stops: StopStrings = field(init=False)
@@ -162,7 +166,7 @@ class Request(Sequence):
         )
 
     def _prompt_report(self) -> PromptReport:
-        return PromptReport(self.num_cached or 0, tuple(self.prompt_logprobs))
+        return PromptReport(self.num_cached or 0, tuple(self.prompt_logprobs), self.next_logprobs)
 
 
 def open_decoder(tokenizer: Tokenizer, prompt_ids: SequenceOf[int], *, new_text: bool) -> StreamDecoder:

@@ -109,8 +109,7 @@ class ModelRunner:
         decoding = max(counts) == 1
 
         def head(h_1ND: Tensor, output: Linear) -> Tensor:
-            for request, first, count in asking:
-                _report_prompt(request, h_1ND[0, first : first + count], output)
+            _report_prompts(asking, h_1ND[0], output)
             if alone and decoding:
                 filled_NV: Tensor = output(h_1ND[0])
                 return filled_NV[picked]
@@ -157,24 +156,50 @@ def _order(request: Request, count: int) -> tuple[int, int]:
     return (1, 0) if request.num_computed == 0 else (1 + count, request.num_computed)
 
 
-def _report_prompt(request: Request, h_ND: Tensor, output: Linear) -> None:
-    """Add the log-probabilities of the prompt tokens that follow those whose hidden states are given."""
-    first = request.num_computed + 1
-    follow = request.tokens[first : min(first + len(h_ND), request.num_prompt)]
-    done = len(request.prompt_logprobs) - request.num_computed  # after a preemption
-    assert request.params.prompt_logprobs is not None
-    for start in range(max(done, 0), len(follow), _REPORTED_AT_ONCE):
-        ids = follow[start : start + _REPORTED_AT_ONCE]
-        logits_NV: Tensor = output(h_ND[start : start + len(ids)])
-        request.prompt_logprobs += report(logits_NV, ids, [request.params.prompt_logprobs] * len(ids))
+def _report_prompts(asking: SequenceOf[tuple[Request, int, int]], h_ND: Tensor, output: Linear) -> None:
+    """Add the log-probabilities of prompt tokens to the requests that ask for them.
+
+    Args:
+        asking: those, and the place and number of their tokens in the forward.
+        h_ND: hidden states of the forward; each is for the token that follows.
+    """
+    rows: list[tuple[Request, int, int]] = []
+    for request, first, count in asking:
+        start = request.num_computed
+        # Not the second token always: what is not asked for is left out, and some are known after a preemption.
+        unknown = request.params.prompt_logprobs_from + len(request.prompt_logprobs)
+        follow = range(max(unknown, start + 1), min(start + count + 1, request.num_prompt))
+        rows += [(request, first + place - 1 - start, request.tokens[place]) for place in follow]
+    for begin in range(0, len(rows), _REPORTED_AT_ONCE):
+        slab = rows[begin : begin + _REPORTED_AT_ONCE]
+        logits_NV: Tensor = output(h_ND[[row for _, row, _ in slab]])
+        counts = [cast(int, request.params.prompt_logprobs) for request, _, _ in slab]
+        reported = report(logits_NV, [token_id for _, _, token_id in slab], counts)
+        for (request, _, _), entry in zip(slab, reported, strict=True):
+            request.prompt_logprobs.append(entry)
 
 
 def report(logits_NV: Tensor, ids: SequenceOf[int], num_likeliest: SequenceOf[int]) -> list[TokenLogprob]:
     """Each token's log-probability, and those of the likeliest tokens at its place."""
     logprobs_NV = logits_NV.float().log_softmax(dim=-1)
     chosen_N = logprobs_NV.gather(1, torch.tensor(ids, device=logits_NV.device)[:, None]).squeeze(1).tolist()
-    best_N, ids_N = (part.tolist() for part in logprobs_NV.topk(min(max(num_likeliest), logprobs_NV.shape[1])))
+    most = min(max(num_likeliest), logprobs_NV.shape[1])
+    likeliest = logprobs_NV.max(dim=-1, keepdim=True) if most == 1 else logprobs_NV.topk(most)  # max is faster
+    best_N, ids_N = (part.tolist() for part in likeliest)
     return [
         TokenLogprob(token_id, logprob, tuple(zip(top_ids, top, strict=True))[:count])
         for token_id, logprob, top_ids, top, count in zip(ids, chosen_N, ids_N, best_N, num_likeliest, strict=True)
     ]
+
+
+def report_next(logits_V: Tensor, ids: SequenceOf[int]) -> tuple[TokenLogprob, ...]:
+    """The log-probability of each id at one place, with that of the likeliest token."""
+    if not ids:
+        return ()
+    logprobs_V = logits_V.float().log_softmax(dim=-1)
+    best, best_id = (part.item() for part in logprobs_V.max(dim=-1))
+    likeliest = ((int(best_id), float(best)),)
+    return tuple(
+        TokenLogprob(token_id, logprob, likeliest)
+        for token_id, logprob in zip(ids, logprobs_V[list(ids)].tolist(), strict=True)
+    )

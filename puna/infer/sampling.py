@@ -64,7 +64,13 @@ class SamplingParams:
     """Report each token's log-probability under the model, before temperature and filters, and those of this many
     likeliest tokens; nothing where absent."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens, from the second on; they are then computed even if they are in the cache."""
+    """The same for the prompt's tokens, from `prompt_logprobs_from` on; they are then computed even if they are in the
+    cache."""
+    prompt_logprobs_from: int = 1
+    """The first of the prompt's tokens, counted from 0, whose log-probability is reported. What stands before it may
+    come from the cache. The very first token has none."""
+    next_logprobs: tuple[int, ...] = ()
+    """Report the log-probability of each of these ids as the token right after the prompt, where max_tokens is 0."""
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, rule: str) -> None:
@@ -82,6 +88,8 @@ class SamplingParams:
         finite = all(math.isfinite(bias) for _, bias in self.logit_bias)
         check("logit_bias", finite, "pairs of a token id and a finite number")
         check("stop", all(self.stop) and not isinstance(self.stop, str), "a tuple of strings, none of them empty")
+        check("prompt_logprobs_from", self.prompt_logprobs_from >= 1, "at least 1, as the first token has none")
+        check("next_logprobs", not self.next_logprobs or self.max_tokens == 0, "empty unless max_tokens is 0")
         for name in ("logprobs", "prompt_logprobs"):
             check(name, getattr(self, name) is None or getattr(self, name) >= 0, "at least 0, or absent")
 

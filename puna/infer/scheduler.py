@@ -150,8 +150,8 @@ class Scheduler:
             place = self._place_waiting(sequence)
             found = self.blocks.find_prefix(sequence)
             coming = coming if coming is not None else self._keys_to_come()
-            key = self.blocks.next_key(sequence, found) if sequence.reads_cache else None
-            if key is not None and key in coming:
+            key = self.blocks.next_key(sequence, found)
+            if key is not None and key in coming and self.blocks.wants(sequence, found):
                 continue  # another computes the very block that is next here; soon it can be shared
             self.blocks.take_prefix(sequence, found)
             piece = self._piece(sequence, budget)

@@ -4,9 +4,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "failed"]
+FinishReason = Literal["stop", "length", "cancelled", "failed", "content_filter"]
 """A stop id or string came, or what was demanded is complete; `max_tokens` or the context's end was reached; the
-request was given up; it could not be done (`Request.error` says why)."""
+request was given up; it could not be done (`Request.error` says why); a server's guard refused it, and the text is the
+refusal."""
 
 
 @dataclass(slots=True, eq=False)
@@ -19,7 +20,7 @@ class Sequence:
         max_tokens: most tokens to generate.
         priority: of two that wait, the one with the greater number goes first.
         namespace: sequences share cached blocks only with those of an equal namespace (weights, adapter).
-        reads_cache: whether it may take over blocks that others have computed.
+        most_cached: how many of its first tokens it may take over from others at most; any number where absent.
         draft: guesses at the next tokens, to be checked in the next step.
         finish_reason: None while the sequence waits or runs.
         arrival: number in the order of arrival.
@@ -36,7 +37,7 @@ class Sequence:
     max_tokens: int
     priority: int = 0
     namespace: Hashable = ()
-    reads_cache: bool = True
+    most_cached: int | None = None
     draft: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     arrival: int = -1

@@ -59,11 +59,11 @@ class Traffic(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
         max_tokens=st.integers(0, 8),
         priority=st.sampled_from((0, 0, 0, 1)),
-        reads_cache=st.sampled_from((True, True, False)),
+        most_cached=st.sampled_from((None, None, 0, 5)),
     )
-    def submit(self, prompt: list[int], max_tokens: int, priority: int, reads_cache: bool) -> None:
+    def submit(self, prompt: list[int], max_tokens: int, priority: int, most_cached: int | None) -> None:
         capacity = self.blocks.num_blocks * self.blocks.block_size
-        new = sequence(prompt[: max(capacity - 8, 1)], max_tokens, priority=priority, reads_cache=reads_cache)
+        new = sequence(prompt[: max(capacity - 8, 1)], max_tokens, priority=priority, most_cached=most_cached)
         if self.blocks.blocks_for(new.worst_length) > self.blocks.num_blocks:
             return
         self.scheduler.add(new)
@@ -99,6 +99,8 @@ class Traffic(RuleBasedStateMachine):
         text = [*planned.tokens, *planned.draft]
         assert count >= 1
         assert start + count <= len(text)
+        assert planned.num_cached is not None
+        assert planned.most_cached is None or planned.num_cached <= planned.most_cached
         if self.chunk is not None and start < planned.num_prompt:
             assert start % self.chunk == 0
             assert start + count in (start + self.chunk, planned.num_prompt)
@@ -126,8 +128,8 @@ class Traffic(RuleBasedStateMachine):
             self.scheduler.remove(planned)
             self.live.remove(planned)
 
-    @rule()
-    def finish_all(self) -> None:
+    @rule(forget=st.booleans())
+    def finish_all(self, forget: bool = False) -> None:
         """Whatever has been admitted or waits comes to its end."""
         for number in range(4000):
             if not self.live:
@@ -136,6 +138,9 @@ class Traffic(RuleBasedStateMachine):
         assert not self.live
         assert self.scheduler.idle
         assert self.blocks.num_free == self.blocks.num_blocks
+        if forget:
+            self.blocks.forget()
+            assert not self.blocks.find_prefix(sequence([0] * 20, 1))
 
     @invariant()
     def books_are_right(self) -> None:
