@@ -1,12 +1,12 @@
 """Answers to questions with a known answer: how likely the right one was, and how near the given one came."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from puna.evaluate.likelihood import bits_per_byte, total_nats
+from puna.evaluate.scorers import token_f1
 from puna.infer.engine import Engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.errors import InputError
@@ -72,9 +72,8 @@ def shuffled_word_f1(answers: Sequence[Answer]) -> float:
 
 def word_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall over words, case and punctuation aside (SQuAD, arXiv:1606.05250)."""
-    given, wanted = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, reference))
-    common = (given & wanted).total()
-    return 2 * common / (given.total() + wanted.total()) if common else 0.0
+    given, wanted = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    return token_f1(given, wanted)
 
 
 def _checked(conversation: dict[str, Any]) -> dict[str, Any]:

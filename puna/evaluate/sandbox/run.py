@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puna.evaluate.sandbox import cell
+from puna.runtime.devices import available_cores
 from puna.runtime.errors import InputError
 
 Status = Literal["passed", "failed", "timeout", "memory", "killed"]
@@ -86,18 +87,14 @@ def run_python(program: str, limits: Limits = Limits(), *, allow_unsafe: bool = 
     Args:
         program: source; it passes when its last line has been run without an exception.
         limits: what it may use up.
-        allow_unsafe: go on where this machine lacks a protection (`missing_protections`). Limits hold all the same.
+        allow_unsafe: go on where this machine lacks a protection (`check_protections`). Limits hold all the same.
 
     Raises:
-        InputError: this machine lacks a protection, so the program was not run.
+        InputError: this machine lacks a protection, or cannot start the process, so the program was not run.
     """
     outcome, missing = _run(program, limits, allow_unsafe)
     if missing and not allow_unsafe:
-        raise InputError(
-            f"Programs that a model wrote cannot be run safely here: {'; '.join(missing)}. Use Linux 5.13 or newer with"
-            " Landlock, and install libseccomp (libseccomp2 on Debian). To run them with limits on time and memory"
-            " only, say allow_unsafe; do that in a throw-away machine."
-        )
+        raise _refusal(missing)
     return outcome
 
 
@@ -105,20 +102,18 @@ def run_all(
     programs: Sequence[str], limits: Limits = Limits(), workers: int = 0, *, allow_unsafe: bool = False
 ) -> list[Outcome]:
     """`run_python` over many programs, `workers` at a time (0: as many as there are processors), in their order."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or available_cores()) as pool:
         return list(pool.map(partial(run_python, limits=limits, allow_unsafe=allow_unsafe), programs))
 
 
-def missing_protections() -> list[str]:
-    """Why this machine cannot hold a program, found by starting an empty one; nothing where all protections hold."""
-    return _run("", Limits(), False)[1]
+def check_protections() -> str:
+    """The protections of this machine, in one line.
 
-
-def describe() -> str:
-    """The protections of this machine, in one line."""
-    missing = missing_protections()
-    if missing:
-        return f"Programs run with limits on time, memory and files only: {'; '.join(missing)}."
+    Raises:
+        InputError: one is missing, so that programs would be refused; it says which.
+    """
+    if missing := _run("", Limits(), False)[1]:
+        raise _refusal(missing)
     return "Programs run without network and other processes (seccomp) and may write to one folder only (Landlock)."
 
 
@@ -134,6 +129,14 @@ _solution = {solution!r}
 exec(compile(_solution, "solution.py", "exec"))
 {tests}
 """
+
+
+def _refusal(missing: Sequence[str]) -> InputError:
+    return InputError(
+        f"Programs that a model wrote cannot be run safely here: {'; '.join(missing)}. Use Linux 5.13 or newer with"
+        " Landlock, and install libseccomp (libseccomp2 on Debian). To run them all the same, with limits on time and"
+        " memory, say allow_unsafe; do that on a throw-away machine."
+    )
 
 
 def _run(program: str, limits: Limits, allow_unsafe: bool) -> tuple[Outcome, list[str]]:
@@ -166,13 +169,15 @@ def _run(program: str, limits: Limits, allow_unsafe: bool) -> tuple[Outcome, lis
         stopped, output = _watch(process, Path(folder), limits, started + limits.wall_seconds)
         process.stdout.close()
         reported = _read_reports(reports)
+    if not reported and stopped is None:
+        raise InputError(f"The sandbox's own process broke down before the program: {output.decode(errors='replace')}")
     missing: list[str] = reported[0]["missing"] if reported else []
     ended = [message["status"] for message in reported[1:] if message.get("token") == token]
     status: Status
-    if ended:
-        status = ended[-1]
-    elif stopped is not None:
+    if stopped is not None:
         status = stopped
+    elif ended:
+        status = ended[-1]
     elif process.returncode < 0:
         status = "timeout" if process.returncode == -signal.SIGXCPU else "killed"
     else:
@@ -209,6 +214,8 @@ def _watch(
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if stopped is None and _used(folder) > limits.folder_bytes:
+        stopped = "killed"
     while is_open and len(output) < limits.output_bytes and select.select([source], [], [], 0)[0]:
         is_open = _take(source, output, limits.output_bytes)
     return stopped, bytes(output)

@@ -79,6 +79,24 @@ def estimate(values: ArrayLike, clusters: Sequence[Hashable] | None = None, conf
     return Estimate(mean, standard_error, Interval(mean - half, mean + half), count)
 
 
+def estimate_ratio(parts: ArrayLike, wholes: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """sum(parts) / sum(wholes), such as bits over bytes of documents, and its spread over documents.
+
+    The ratio estimator: the spread of a sum of parts - ratio * wholes (Cochran 1977, "Sampling Techniques", section
+    2.11), with `estimate`'s interval.
+
+    Raises:
+        ValueError: as for `estimate`, or the wholes do not add up to more than 0.
+    """
+    counted, sizes = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
+    if len(counted) != len(sizes) or sizes.sum() <= 0:
+        raise ValueError("A ratio needs as many parts as wholes, and wholes of more than 0 in all.")
+    ratio = float(counted.sum() / sizes.sum())
+    residuals = estimate((counted - ratio * sizes) / sizes.mean(), confidence=confidence)
+    low, high = residuals.interval
+    return Estimate(ratio, residuals.standard_error, Interval(ratio + low, ratio + high), len(sizes))
+
+
 def cluster_sums(values: NDArray[np.float64], clusters: Sequence[Hashable] | None) -> NDArray[np.float64]:
     """The sum of each cluster's values, in order of first appearance; without clusters the values themselves.
 

@@ -63,16 +63,26 @@ def bootstrap(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Interval:
-    """An interval of the mean of ours minus theirs that assumes no distribution (bias-corrected and accelerated).
+    """An interval of the mean of ours minus theirs that assumes no distribution.
 
-    Whole clusters are drawn where they are given. The same seed gives the same interval.
-
-    Raises:
-        ValueError: as for `paired_difference`, or there are fewer than two clusters.
+    Whole clusters are drawn where they are given. Otherwise as `bootstrap_ratio`.
     """
     first, second = _pair(ours, theirs)
-    sums = cluster_sums(first - second, clusters)
-    sizes = cluster_sums(np.ones(len(first)), clusters)
+    sums, sizes = cluster_sums(first - second, clusters), cluster_sums(np.ones(len(first)), clusters)
+    return bootstrap_ratio(sums, sizes, confidence, resamples, seed)
+
+
+def bootstrap_ratio(
+    parts: ArrayLike, wholes: ArrayLike, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> Interval:
+    """A bias-corrected and accelerated interval of sum(parts) / sum(wholes), such as bits over bytes of documents.
+
+    The same seed gives the same interval.
+
+    Raises:
+        ValueError: the two are not as many, or fewer than two.
+    """
+    sums, sizes = _pair(parts, wholes)
     if len(sums) < 2:
         raise ValueError("A bootstrap needs at least two questions, or two clusters.")
     means = sums / sizes

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from puna.evaluate.statistics.intervals import Interval, estimate, wilson
+from puna.evaluate.statistics.intervals import Interval, estimate, estimate_ratio, wilson
 
 
 def test_wilson_by_hand() -> None:
@@ -80,3 +80,20 @@ def test_what_is_not_an_estimate() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             estimate(values, clusters)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(-5, 5)), min_size=3, max_size=20))
+def test_a_ratio_over_clusters_is_a_mean_with_clusters(rows: list[tuple[str, float]]) -> None:
+    clusters, values = [name for name, _ in rows], [value for _, value in rows]
+    names = sorted(set(clusters))
+    sums = [sum(value for name, value in rows if name == own) for own in names]
+    found, expected = estimate_ratio(sums, [clusters.count(own) for own in names]), estimate(values, clusters)
+    assert found.mean == pytest.approx(expected.mean, abs=1e-9)
+    assert found.standard_error == pytest.approx(expected.standard_error, abs=1e-9)
+    assert found.interval == pytest.approx(expected.interval, abs=1e-9)
+
+
+def test_a_ratio_needs_a_whole() -> None:
+    for parts, wholes in (([1.0], [1.0, 2.0]), ([1.0], [0.0])):
+        with pytest.raises(ValueError, match="as many parts as wholes"):
+            estimate_ratio(parts, wholes)
