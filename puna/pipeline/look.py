@@ -10,7 +10,7 @@ from rich.text import Text
 
 from puna.pipeline.data import DataFacts, Histogram, gather
 from puna.runtime.errors import InputError
-from puna.runtime.page import new_figure, to_svg, write_page
+from puna.runtime.page import new_figure, plain_label, to_svg, write_page
 from puna.runtime.progress import say
 
 _MAX_BARS = 30
@@ -144,7 +144,7 @@ def _bars(names: Sequence[str], values: Sequence[float], label: str) -> str:
     axes = figure.subplots()
     drawn = axes.barh(range(len(shown)), [value for _, value in shown], color="tab:orange")
     axes.bar_label(drawn, labels=[_number(value) for _, value in shown], padding=3)
-    axes.set_yticks(range(len(shown)), [_plain(name) for name, _ in shown])
+    axes.set_yticks(range(len(shown)), [plain_label(name) for name, _ in shown])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(xlabel=label)
@@ -157,15 +157,10 @@ def _histogram(histogram: Histogram, label: str, logarithmic: bool = False) -> s
     axes.stairs(histogram.counts, histogram.edges, fill=True, color="tab:orange")
     if logarithmic:
         axes.set_xscale("log")
-    axes.set(xlabel=_plain(label), ylabel="documents")
+    axes.set(xlabel=plain_label(label), ylabel="documents")
     axes.grid(alpha=0.3)
     return to_svg(figure)
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.2f}"
-
-
-def _plain(name: str) -> str:
-    """A label without what matplotlib would take for mathematics, or has no glyph for."""
-    return name[:60].replace("$", r"\$").encode("ascii", "backslashreplace").decode()

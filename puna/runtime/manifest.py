@@ -67,8 +67,8 @@ class Manifest:
 def content_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, or of a folder's file names and bytes in name order.
 
-    A folder's manifest does not count: the same artifact made twice has the same hash. Hidden files do not
-    count either.
+    A folder's manifest does not count: the same artifact made twice has the same hash. Nor does README.md beside a
+    manifest, the artifact's card, nor do hidden files.
 
     Raises:
         InputError: `path` does not exist.
@@ -78,9 +78,10 @@ def content_hash(path: Path) -> str:
     if path.is_file():
         return file_hash(path)
     digest = hashlib.sha256()
+    left_out = {FILE_NAME, "README.md"} if (path / FILE_NAME).exists() else {FILE_NAME}
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if file.is_file() and not hidden and relative.as_posix() != FILE_NAME:
+        if file.is_file() and not hidden and relative.as_posix() not in left_out:
             digest.update(relative.as_posix().encode() + b"\0" + file_hash(file).encode())
     return digest.hexdigest()

@@ -45,6 +45,11 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height))
 
 
+def plain_label(name: str) -> str:
+    """A label for a figure, without what matplotlib would take for mathematics, or has no glyph for."""
+    return name[:60].replace("$", r"\$").encode("ascii", "backslashreplace").decode()
+
+
 def to_svg(figure: Any) -> str:
     """A matplotlib figure as an <svg> element; the same figure gives the same text."""
     from matplotlib import rc_context

@@ -2,8 +2,8 @@
 
 Filters whose published limits were set with such tokenizers count in these; everything else counts in
 `puna.batches.words`. At the ends of what white space parts, every mark is a token of its own, but for runs of full
-stops and for marks that stick to their word (-x, /usr, C++, user@). Inside, marks are part of the word but for those that
-separate: hyphens, slashes, colons and the like before a letter, commas and capitals behind a full stop, operators
+stops and for marks that stick to their word (-x, /usr, C++, user@). Inside, marks are part of the word but for those
+that separate: hyphens, slashes, colons and the like before a letter, commas and capitals behind a full stop, operators
 between digits. It's two: it, 's. Addresses with :// are one. Each Han, Hiragana and Katakana character is one.
 """
 

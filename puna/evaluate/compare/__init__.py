@@ -1,0 +1,1 @@
+"""`puna compare`: models side by side, and how sure the differences are."""
