@@ -1,0 +1,1 @@
+"""Reinforcement learning on answers that the model draws itself: PPO, GRPO and RLOO."""
