@@ -10,52 +10,15 @@ side then runs twice more, in turn. Memory is a process's peak, libraries includ
     python benchmarks/finetune_vs_trl.py [--conversations FILE] [--device cuda] [--quick] [--json]
 """
 
-import argparse
-import contextlib
 import json
-import logging
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-import warnings
 from pathlib import Path
-from typing import Any
 
-from figures import command_line, figure, show
+from figures import command_line
+from race import add_options, in_own_process, race, timed_trainer
+from small_models import CPU_SHAPES, GPU_SHAPES, SHAPES, write_model
 
-SHAPES: dict[str, dict[str, int]] = {
-    "3M, 4k vocabulary": {
-        "vocab_size": 4096,
-        "dim": 192,
-        "num_layers": 4,
-        "num_heads": 3,
-        "num_kv_heads": 3,
-        "head_dim": 64,
-        "hidden_dim": 512,
-    },
-    "15M, 8k vocabulary": {
-        "vocab_size": 8192,
-        "dim": 384,
-        "num_layers": 6,
-        "num_heads": 6,
-        "num_kv_heads": 6,
-        "head_dim": 64,
-        "hidden_dim": 1024,
-    },
-    "1B, 8k vocabulary": {
-        "vocab_size": 8192,
-        "dim": 2048,
-        "num_layers": 16,
-        "num_heads": 32,
-        "num_kv_heads": 8,
-        "head_dim": 64,
-        "hidden_dim": 8192,
-    },
-}
-CPU_SHAPES, GPU_SHAPES = ("3M, 4k vocabulary", "15M, 8k vocabulary"), ("1B, 8k vocabulary",)
 OURS = ("puna fp32", "puna fp32 compiled", "puna bf16")
 THEIRS = (
     "trl padded",
@@ -74,32 +37,15 @@ WARM_UP = 3
 
 def prepare(shape: dict[str, int], conversations: Path, folder: Path) -> None:
     """The model directory that both sides load, and the conversations as tokens."""
-    import torch
-
     from puna.batches.conversations import read_conversations
-    from puna.model.config import LlamaConfig
-    from puna.model.initialize import initialize
-    from puna.model.transformer import Transformer
     from puna.runtime.files import write_jsonl
     from puna.tokenizer.chat import render_chat
-    from puna.tokenizer.chat_template import builtin_template
     from puna.tokenizer.load import load_tokenizer
-    from puna.tokenizer.train import TokenizerConfig
-    from puna.tokenizer.train import main as train_tokenizer
-    from puna.weights.load import save_model
 
     chats = [conversation.messages for conversation in read_conversations(conversations)]
-    texts = (
-        {"id": str(number), "text": "\n".join(str(m["content"]) for m in chat)} for number, chat in enumerate(chats)
-    )
-    write_jsonl(folder / "texts.jsonl", texts)
-    settings = {"documents": folder / "texts.jsonl", "output": folder / "tokenizer", "vocab_size": shape["vocab_size"]}
-    train_tokenizer(TokenizerConfig(**settings))
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    tokenizer.chat_template = builtin_template("llama3")
-    model = Transformer(LlamaConfig(**shape, context_length=ROW_LENGTH))
-    initialize(model, 0)
-    save_model(model, folder / "model", tokenizer=tokenizer, dtype=torch.float32)
+    texts = ("\n".join(str(message["content"]) for message in chat) for chat in chats)
+    write_model(shape, texts, ROW_LENGTH, folder)
+    tokenizer = load_tokenizer(folder / "model")
     rendered = ((chat, render_chat(tokenizer, chat)) for chat in chats)
     kept = [(chat, each) for chat, each in rendered if len(each.ids) <= ROW_LENGTH]
     write_jsonl(folder / "conversations.jsonl", ({"messages": chat} for chat, _ in kept))
@@ -151,7 +97,7 @@ def run_trl(folder: Path, options: list[str], steps: int, device: str) -> float:
     import trl
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
     mean_length = statistics.mean(len(row["input_ids"]) for row in rows)
@@ -180,79 +126,17 @@ def run_trl(folder: Path, options: list[str], steps: int, device: str) -> float:
         disable_tqdm=True,
     )
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        ends: list[float] = []  # noqa: RUF012
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if device != "cpu":
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
-
-    trainer = trl.SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16 if bf16 else torch.float32),
+    return timed_trainer(
+        trl.SFTTrainer,
+        device,
+        WARM_UP,
+        lambda example: len(example["input_ids"]),
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16 if bf16 else torch.float32),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Clock()],
     )
-    collate, counts = trainer.data_collator, []
-
-    def counting(examples: list[dict[str, Any]]) -> Any:
-        """Batches are made in the order of the steps, some ahead of them."""
-        counts.append(sum(len(example["input_ids"]) for example in examples))
-        return collate(examples)
-
-    trainer.data_collator = counting
-    trainer.train()
-    return sum(counts[WARM_UP:steps]) / (Clock.ends[-1] - Clock.ends[WARM_UP - 1])
-
-
-def measure(variant: str, folder: Path, steps: int, device: str) -> dict[str, float]:
-    """One variant in this process."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    library, *options = variant.split()
-    speed = {"puna": run_puna, "trl": run_trl}[library](folder, options, WARM_UP + steps, device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-    if device != "cpu":
-        import torch
-
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    return {"speed": speed, "megabytes": peak}
-
-
-def compare(arguments: argparse.Namespace, shape_name: str) -> None:
-    """Every variant once, the fastest of each side twice more in turn."""
-    variants, rounds, steps = [*OURS, *THEIRS], 3, 12
-    if arguments.quick:
-        variants, rounds, steps = ["puna fp32", "trl padded by-length"], 1, 3
-    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(SHAPES[shape_name], arguments.conversations, Path(folder))
-        running = variants
-        for _ in range(rounds):
-            for variant in running:
-                command = [sys.executable, __file__, "--variant", variant, "--folder", folder, "--steps", str(steps)]
-                done = subprocess.run([*command, "--device", arguments.device], capture_output=True, text=True)
-                if done.returncode:
-                    print(f"{variant} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                    continue
-                found[variant].append(json.loads(done.stdout.splitlines()[-1]))
-            speeds = {name: statistics.median(run["speed"] for run in runs) for name, runs in found.items() if runs}
-            if not any(name in OURS for name in speeds) or not any(name in THEIRS for name in speeds):
-                raise SystemExit("nothing to compare: see above")
-            ours = max((name for name in speeds if name in OURS), key=speeds.__getitem__)
-            theirs = max((name for name in speeds if name in THEIRS), key=speeds.__getitem__)
-            running = [ours, theirs]
-    if not arguments.json:
-        for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
-            print(f"  {name:<28} {speed:>9,.0f} tokens/s {max(run['megabytes'] for run in found[name]):>9,.0f} MB")
-    title = f"LoRA, {shape_name}: {ours} / {theirs}"
-    turns = [one["speed"] / other["speed"] for one, other in zip(found[ours], found[theirs], strict=False)]
-    show(figure(title, speeds[ours], speeds[theirs], "tokens/s", ratio=statistics.median(turns)), arguments.json)
-    peaks = [max(run["megabytes"] for run in found[name]) for name in (ours, theirs)]
-    show(figure(f"{title}, peak memory", *peaks, "MB", less_is_better=True), arguments.json)
 
 
 def main() -> None:
@@ -261,20 +145,22 @@ def main() -> None:
     parser.add_argument(
         "--conversations", type=Path, default=conversations, help="in any form that `puna finetune` reads"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES))
-    for name, kind in (("--variant", str), ("--folder", Path), ("--steps", int)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    add_options(parser)
     arguments = parser.parse_args()
     if arguments.variant:
-        # What training says goes to the other stream; the figures are all that is read.
-        with contextlib.redirect_stdout(sys.stderr):
-            found = measure(arguments.variant, arguments.folder, arguments.steps, arguments.device)
-        print(json.dumps(found))
+        library, *options = arguments.variant.split()
+        run = {"puna": run_puna, "trl": run_trl}[library]
+        in_own_process(
+            lambda: run(arguments.folder, options, WARM_UP + arguments.steps, arguments.device), arguments.device
+        )
         return
+    ours, theirs = (("puna fp32",), ("trl padded by-length",)) if arguments.quick else (OURS, THEIRS)
     shapes = arguments.shapes or (CPU_SHAPES if arguments.device == "cpu" else GPU_SHAPES)
-    for shape_name in shapes[:1] if arguments.quick else shapes:
-        compare(arguments, shape_name)
+    for shape in shapes[:1] if arguments.quick else shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(SHAPES[shape], arguments.conversations, Path(folder))
+            race(__file__, f"LoRA, {shape}", ours, theirs, folder, arguments)
 
 
 if __name__ == "__main__":

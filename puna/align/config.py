@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from puna.align.learn import PreferenceSource, check_sources
 from puna.align.losses import DPO, LOSSES, PairLoss, PreferenceLoss
 from puna.config import Kinds
 from puna.peft.methods import AnyMethod
@@ -19,9 +20,11 @@ class AlignConfig:
     output: Path
     """Gets model/ (the finished model directory) or adapter/, report.txt, tokens/, checkpoints/, metrics.jsonl and
     tensorboard/."""
-    preferences: Path
+    preferences: Path | None = None
     """A file of preferences, or a folder of such files: pairs, rankings, edited answers, transcripts as in HH-RLHF, or
     for `kto` single answers with a label."""
+    mixture: tuple[PreferenceSource, ...] = ()
+    """Several sources in proportions of your choice, such as helpfulness and safety, in place of `preferences`."""
     held_out_preferences: Path | None = None
     """Preferences to measure loss, accuracy and margin on."""
     loss: Annotated[PreferenceLoss, Kinds("loss", LOSSES)] = field(default_factory=DPO)
@@ -48,6 +51,7 @@ class AlignConfig:
     """The training run. A row holds all answers to its prompts, each with the prompt."""
 
     def __post_init__(self) -> None:
+        check_sources(self)
         if self.nll_weight < 0:
             raise ValueError(f"nll_weight is {self.nll_weight}; it cannot be negative.")
         if self.nll_weight and not isinstance(self.loss, PairLoss):

@@ -11,12 +11,26 @@ from torch import Tensor
 from puna.align.losses import KTO, Answers, PairLoss, PreferenceLoss
 from puna.align.watch import HeldOutWatch
 from puna.batches.packing import IGNORE, PADDING, TokenBatch
-from puna.batches.preference_rows import PreferenceBatch, PreferenceRows
+from puna.batches.preference_rows import PROMPT, PreferenceBatch, PreferenceRows
 from puna.batches.preferences import BAD, GOOD, MISMATCHED
 from puna.kernels.attend import document_attend
+from puna.kernels.shared import SharedPromptAttend
+from puna.model.attend import Attend
 from puna.model.transformer import Linear, Transformer
 from puna.train.cross_entropy import linear_logprobs
 from puna.train.loss import Loss, LossSum
+
+
+def is_answer(batch: PreferenceBatch) -> Tensor:
+    """Whether a token belongs to one answer, and not to several or to none, bool [B, T]."""
+    return (batch.documents_BT != PADDING) & (batch.ranks_BT != PROMPT)
+
+
+def attend_of(batch: TokenBatch) -> Attend:
+    """What a token sees: its document, and the prompt that this goes on from."""
+    if isinstance(batch, PreferenceBatch) and (batch.ranks_BT == PROMPT).any():
+        return SharedPromptAttend(batch.documents_BT, batch.groups_BT, batch.ranks_BT == PROMPT)
+    return document_attend(batch.documents_BT)
 
 
 def token_logprobs(model: Transformer, batch: TokenBatch) -> Tensor:
@@ -26,7 +40,7 @@ def token_logprobs(model: Transformer, batch: TokenBatch) -> Tensor:
         logprobs = linear_logprobs(h_BTD.flatten(0, 1), output.weight, batch.labels_BT.flatten(), IGNORE)
         return logprobs.view_as(batch.labels_BT)
 
-    logprobs_BT: Tensor = model(batch.ids_BT, batch.positions_BT, document_attend(batch.documents_BT), head)
+    logprobs_BT: Tensor = model(batch.ids_BT, batch.positions_BT, attend_of(batch), head)
     return logprobs_BT
 
 
@@ -44,7 +58,7 @@ class Judged:
     @property
     def num_groups(self) -> int:
         """Prompts."""
-        return int(self.groups_N.max()) + 1
+        return int(self.groups_N.max()) + 1 if len(self.groups_N) else 0
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The better and the worse answer of every pair, and the pair's weight [P]: each prompt has 1 in all
@@ -57,7 +71,7 @@ class Judged:
 
 def judge(batch: PreferenceBatch, logprobs_BT: Tensor) -> Judged:
     """The answers of a batch from the log-probabilities of its labels."""
-    real_BT = batch.documents_BT != PADDING
+    real_BT = is_answer(batch)
     rows_BT = torch.arange(len(real_BT), device=real_BT.device)[:, None] * real_BT.shape[1]
     documents, inverse = (batch.documents_BT + rows_BT)[real_BT].unique(return_inverse=True)  # type: ignore[no-untyped-call]
 

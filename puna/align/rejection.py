@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from puna.align.draw import draw_answers
 from puna.align.scoring import answer_rewards, open_reward_model
 from puna.batches.preferences import Messages, read_prompts
 from puna.config import to_plain
 from puna.infer.config import EngineConfig
+from puna.infer.draw import draw_answers
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.devices import open_device

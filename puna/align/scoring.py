@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from puna.align.reward import HEAD
+from puna.align.reward_loss import HEAD
 from puna.batches.preferences import Messages
 from puna.peft.heads import HeadModel, last_logits, load_head_model
 from puna.runtime.errors import InputError

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from puna.align.draw import draw_answers
 from puna.align.raters import RATERS, Rater
 from puna.batches.preferences import STRENGTHS, Messages, read_prompts
 from puna.config import Kinds, to_plain
 from puna.infer.config import EngineConfig
+from puna.infer.draw import draw_answers
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.errors import InputError

@@ -20,15 +20,17 @@ class HeldOutWatch(ABC):
 
     def __init__(self, held_out: PreferenceRows, num_rows: int) -> None:
         self.held_out, self.num_rows = held_out, min(num_rows, held_out.rows_per_epoch)
+        self.latest: tuple[dict[str, float], str] | None = None
+        """What was measured last; see `of`."""
 
     def measure(
         self, state: TrainState, point: Mapping[str, float], earlier: Sequence[Mapping[str, float]]
     ) -> dict[str, float]:
         """See `Watch.measure`."""
         state.model.eval()
-        measured, _ = self.of(state.model)
+        self.latest = self.of(state.model)
         state.model.train()
-        return measured
+        return self.latest[0]
 
     def ends(self, points: Sequence[Mapping[str, float]]) -> bool:
         """See `Watch.ends`."""

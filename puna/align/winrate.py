@@ -12,20 +12,23 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from puna.align.draw import Drawn, draw_answers
 from puna.align.scoring import answer_rewards, open_reward_model
 from puna.batches.preferences import Messages, read_prompts
 from puna.config import to_plain
+from puna.evaluate.rating.winrates import length_controlled
 from puna.evaluate.statistics.intervals import estimate, wilson
 from puna.infer.config import EngineConfig
+from puna.infer.draw import Drawn, draw_answers
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
 from puna.model.transformer import Transformer
 from puna.runtime.devices import open_device
+from puna.runtime.errors import InputError
 from puna.runtime.files import atomic_path, write_jsonl
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import progress, say
@@ -44,7 +47,7 @@ class WinRateConfig:
     model: Path
     """Model directory to measure."""
     baseline: Path
-    """Model directory to measure it beside, such as the one that it was trained from; with the same tokenizer."""
+    """Model directory to measure it beside, such as the one that it was trained from."""
     judge: Path
     """Directory of a reward model (`puna reward`). One that the model was trained against likes what it was made to
     like; take one that was learnt from other preferences."""
@@ -81,6 +84,15 @@ class Answered:
     free_rewards: list[list[float]]
     """Of `free`."""
 
+    def rewarded(self, name: Literal["greedy", "free"]) -> list[list[tuple[float, int]]]:
+        """Reward and number of tokens of each answer of a kind, prompt by prompt."""
+        if name == "greedy":
+            return [[(reward, len(own.ids))] for own, reward in zip(self.greedy, self.greedy_rewards, strict=True)]
+        return [
+            [(reward, len(answer.ids)) for answer, reward in zip(own, rewards, strict=True)]
+            for own, rewards in zip(self.free, self.free_rewards, strict=True)
+        ]
+
 
 def main(config: WinRateConfig) -> None:
     """Answer, judge, measure, and write; whole or not at all.
@@ -89,6 +101,11 @@ def main(config: WinRateConfig) -> None:
         InputError: a model, the judge or the prompts are wrong.
     """
     where, prompts = zip(*read_prompts(config.prompts, config.max_prompts), strict=True)
+    if config.samples and load_tokenizer(config.model).hash != load_tokenizer(config.baseline).hash:
+        raise InputError(
+            f"{config.model} and {config.baseline} have different tokenizers, so the divergence of one from the other "
+            "cannot be measured. Set samples=0 to compare their greedy answers only."
+        )
     judge = open_reward_model(config.judge)
     judge.model.to(open_device(config.engine.device))
     sides = []
@@ -141,30 +158,31 @@ def figures(ours: Answered, theirs: Answered) -> dict[str, float]:
     """What is compared of two models' answers to the same prompts.
 
     A tie is half a win. For each prompt the share of pairs (an answer of ours, one of theirs) that ours win is one
-    value between 0 and 1; the interval is Wilson's, as if it were a coin, which is never too narrow.
+    value between 0 and 1; the interval is Wilson's, as if it were a coin, which is never too narrow. At equal length is
+    what a logistic regression gives for answers that are (Dubois et al. 2024, arXiv:2404.04475).
     """
     found: dict[str, float] = {"num_prompts": len(ours.greedy)}
-    pairs = [
-        ("greedy", [[reward] for reward in ours.greedy_rewards], [[reward] for reward in theirs.greedy_rewards]),
-        ("free", ours.free_rewards, theirs.free_rewards),
-    ]
-    for name, own, other in pairs:
-        if not own[0]:
-            continue
-        both = list(zip(own, other, strict=True))
-        won = [statistics.fmean((x > y) + (x == y) / 2 for x in first for y in second) for first, second in both]
-        gain = estimate([statistics.fmean(first) - statistics.fmean(second) for first, second in both])
+    kinds: tuple[Literal["greedy", "free"], ...] = ("greedy", "free") if ours.free[0] else ("greedy",)
+    for name in kinds:
+        both = list(zip(ours.rewarded(name), theirs.rewarded(name), strict=True))
+        won = [statistics.fmean((x > y) + (x == y) / 2 for x, _ in own for y, _ in other) for own, other in both]
         found[f"{name}_win_rate"] = statistics.fmean(won)
         found[f"{name}_win_rate_low"], found[f"{name}_win_rate_high"] = wilson(round(sum(won)), len(won))
-        found[f"{name}_tie_rate"] = statistics.fmean(
-            float(x == y) for first, second in both for x in first for y in second
-        )
-        found[f"{name}_reward"] = statistics.fmean(statistics.fmean(first) for first in own)
+        pairs = [(str(n), *x, *y) for n, (own, other) in enumerate(both) for x in own for y in other]
+        prompts, rewards, lengths, other_rewards, other_lengths = zip(*pairs, strict=True)
+        scores = [(x > y) + (x == y) / 2 for x, y in zip(rewards, other_rewards, strict=True)]
+        controlled, interval = length_controlled(scores, lengths, other_lengths, prompts)
+        found[f"{name}_win_rate_equal_length"] = controlled
+        found[f"{name}_win_rate_equal_length_low"], found[f"{name}_win_rate_equal_length_high"] = interval
+        found[f"{name}_tie_rate"] = statistics.fmean(score == 0.5 for score in scores)
+        gains = [statistics.fmean(x for x, _ in own) - statistics.fmean(y for y, _ in other) for own, other in both]
+        found[f"{name}_reward"] = statistics.fmean(statistics.fmean(x for x, _ in own) for own, _ in both)
+        gain = estimate(gains)
         found[f"{name}_reward_gain"], found[f"{name}_reward_gain_error"] = gain.mean, gain.standard_error
-    for name, side in (("", ours), ("baseline_", theirs)):
+    for prefix, side in (("", ours), ("baseline_", theirs)):
         everything = [*side.greedy, *(answer for own in side.free for answer in own)]
-        found[f"{name}mean_tokens"] = statistics.fmean(len(answer.ids) for answer in everything)
-        found[f"{name}share_cut_off"] = statistics.fmean(float(not answer.finished) for answer in everything)
+        found[f"{prefix}mean_tokens"] = statistics.fmean(len(answer.ids) for answer in everything)
+        found[f"{prefix}share_cut_off"] = statistics.fmean(float(not answer.finished) for answer in everything)
     return found
 
 

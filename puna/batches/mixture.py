@@ -7,14 +7,15 @@ wanted composition. Drawing sources at random would not: of 100 rows, 4.5 % woul
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from puna.batches.packing import PackedRows, TokenBatch
+from puna.batches.packing import EpochRows, PackedRows, TokenBatch
 from puna.batches.shards import TokenShards, shard_folders
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
@@ -138,14 +139,27 @@ def fair_order(counts: Sequence[int]) -> NDArray[np.uint16]:
     return order
 
 
+class SourceRows(EpochRows, Protocol):
+    """Rows of one folder of token shards."""
+
+    @property
+    def shards(self) -> TokenShards:
+        """The shards."""
+        ...
+
+    def origins(self, row: int) -> list[tuple[TokenShards, int]]:
+        """The documents that a row holds tokens of, with the shards that they are in."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ingredient:
     """One folder of token shards within a mixture."""
 
     name: str
     """The source's name, and the folder's within it where there are several."""
-    rows: PackedRows
-    """Its rows."""
+    rows: SourceRows
+    """Its rows, of the same kind as those of the others."""
     share: float
     """Of the rows before annealing, 0 to 1."""
     annealing_share: float
@@ -153,7 +167,7 @@ class Ingredient:
 
 
 class MixedRows:
-    """Endless rows from several sources; see `puna.batches.packing.PackedRows`, which each source is by itself.
+    """Endless rows from several sources, each of which are rows by themselves, such as `PackedRows`.
 
     Args:
         ingredients: what to mix.
@@ -181,12 +195,8 @@ class MixedRows:
         """Rows by number, counted from 0."""
         located = [self.locate(row) for row in rows]
         parts = [self.ingredients[number].rows.batch([row]) for number, row in located]
-        return TokenBatch(
-            ids_BT=torch.cat([part.ids_BT for part in parts]),
-            labels_BT=torch.cat([part.labels_BT for part in parts]),
-            positions_BT=torch.cat([part.positions_BT for part in parts]),
-            documents_BT=torch.cat([part.documents_BT for part in parts]),
-        )
+        kind = type(parts[0])
+        return kind(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(kind)))
 
     def origins(self, row: int) -> list[tuple[TokenShards, int]]:
         """The documents that a row holds tokens of, with the shards that they are in."""

@@ -13,7 +13,7 @@ Shapes: B rows, T tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Literal, Protocol, Self
 
@@ -54,6 +54,12 @@ class TokenBatch:
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
         return type(self)(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def without_targets(self, rows_B: Tensor) -> Self:
+        """The same batch, but that nothing is counted of the rows that are marked."""
+        labels = [field.name for field in fields(self) if "labels" in field.name]
+        marked = {name: rows_B.view(-1, *[1] * (getattr(self, name).ndim - 1)) for name in labels}
+        return replace(self, **{name: getattr(self, name).masked_fill(marked[name], IGNORE) for name in labels})
 
     def split(self, micro_rows: int) -> list[Self]:
         """The same rows in micro-batches of at most `micro_rows`."""

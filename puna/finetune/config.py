@@ -12,7 +12,6 @@ from puna.finetune.selection import SelectionConfig
 from puna.finetune.tasks.task import Task, TaskData
 from puna.finetune.text.task import TextTask
 from puna.peft.methods import AnyMethod
-from puna.runtime.errors import InputError
 from puna.train.config import TrainConfig
 
 HEAD_TASKS = {
@@ -159,18 +158,6 @@ class FinetuneConfig:
             raise ValueError(f"Two sources of the mixture have the same name ({', '.join(names)}).")
         if self.neftune_alpha < 0 or self.sample_tokens < 1:
             raise ValueError("neftune_alpha cannot be negative, and sample_tokens has to be at least 1.")
-
-
-def check_row_length(config: FinetuneConfig, context_length: int) -> None:
-    """Refuse rows that the model has no positions for.
-
-    Raises:
-        InputError: they are longer than its context.
-    """
-    if config.train.row_length > context_length:
-        raise InputError(
-            f"train.row_length ({config.train.row_length:,}) is longer than the model's context ({context_length:,})."
-        )
 
 
 def _check_tasks(config: FinetuneConfig) -> None:

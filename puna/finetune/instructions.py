@@ -12,7 +12,7 @@ from puna.batches.packing import PackedRows
 from puna.batches.shards import TokenShards
 from puna.config import to_plain
 from puna.finetune.answers import answer
-from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.config import FinetuneConfig
 from puna.finetune.learn import learn
 from puna.finetune.regularize.agreement import token_divergence
 from puna.finetune.regularize.safeguards import Safeguards
@@ -26,20 +26,19 @@ from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.chat import render_chat
-from puna.tokenizer.chat_template import builtin_template
-from puna.tokenizer.load import load_tokenizer
+from puna.train.checks import check_row_length, open_chat_tokenizer
 from puna.train.loss import causal_lm_loss
 from puna.weights.load import load_model
 
 
 def tune(config: FinetuneConfig, judge: Judge | None = None) -> None:
     """Render and check the conversations, train, and write the model or adapter directory."""
-    tokenizer = _tokenizer(config)
+    tokenizer = open_chat_tokenizer(config.model, config.chat_template)
     check_selection(config.selection, config.held_out_conversations is not None, [LOSS, *config.earlier_metrics])
     if config.sample_prompts and config.held_out_conversations is None:
         raise InputError("sample_prompts are answered at validations: set held_out_conversations too.")
     model = load_model(config.model, dtype=torch.float32)
-    check_row_length(config, model.config.context_length)
+    check_row_length(config.train, model)
     packed, rows = _training_rows(config, tokenizer)
     held_out = None
     if config.held_out_conversations is not None:
@@ -79,30 +78,18 @@ def tune(config: FinetuneConfig, judge: Judge | None = None) -> None:
         safeguards.save_fisher(rows, plain_loss, written)
 
 
-def _tokenizer(config: FinetuneConfig) -> Tokenizer:
-    tokenizer = load_tokenizer(config.model)
-    if config.chat_template != "keep":
-        tokenizer.chat_template = builtin_template(config.chat_template)
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"The model in {config.model} has no chat template, so conversations cannot be rendered. Choose one with "
-            "--set chat_template=llama3 (or llama2, chatml)."
-        )
-    return tokenizer
-
-
 def _training_rows(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[PackedRows], PackedRows | MixedRows]:
     """The rows of each source, and those of all."""
     if config.conversations is not None:
         alone = _pack(read_conversations(config.conversations, config.form), tokenizer, config, "train")
         return [alone], alone
     total = sum(source.weight for source in config.mixture)
-    ingredients = []
+    packed, ingredients = [], []
     for source in config.mixture:
         conversations = read_conversations(source.conversations, source.form)
-        rows = _pack(conversations, tokenizer, config, f"train-{source.name}")
-        ingredients.append(Ingredient(source.name, rows, source.weight / total, source.weight / total))
-    return [ingredient.rows for ingredient in ingredients], MixedRows(ingredients, annealing_start=0)
+        packed.append(_pack(conversations, tokenizer, config, f"train-{source.name}"))
+        ingredients.append(Ingredient(source.name, packed[-1], source.weight / total, source.weight / total))
+    return packed, MixedRows(ingredients, annealing_start=0)
 
 
 def _pack(conversations: Iterable[Conversation], tokenizer: Tokenizer, config: FinetuneConfig, name: str) -> PackedRows:

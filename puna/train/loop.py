@@ -4,14 +4,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from puna.batches.packing import IGNORE, EpochRows, Rows, TokenBatch
+from puna.batches.packing import EpochRows, Rows, TokenBatch
 from puna.model.accounting import training_flops_per_token
 from puna.model.transformer import Transformer
 from puna.parallel.apply import Layout, StepShape, parallelize
@@ -36,7 +36,7 @@ from puna.train.step import StepResult, own_sum_of_losses, sum_of_losses, train_
 from puna.train.straggler import slow_rank, timed_step
 from puna.train.watchdog import Watchdog
 
-_FREE_TO_CHANGE = {
+FREE_TO_CHANGE = {
     "micro_batch_rows",
     "device",
     "num_threads",
@@ -139,7 +139,7 @@ def fit(
         layout = prepare(model, config, device, mesh)
         optimizers = build_optimizers(model, config.optimizer, rates)
         state = TrainState(model, optimizers, layout=layout, after_update=after_update)
-        defining = run | {"train": {k: v for k, v in run["train"].items() if k not in _FREE_TO_CHANGE}}
+        defining = run | {"train": {k: v for k, v in run["train"].items() if k not in FREE_TO_CHANGE}}
         checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", defining, config.keep_checkpoints))
         quarantine = Quarantine(output / "quarantine", writes=is_first_process())
         recovery = Recovery(state, checkpoints, quarantine, ledger, config.faults.max_rollbacks)
@@ -367,13 +367,7 @@ def _rows_below(limit: int, rows: EpochRows, own: range, *, fill: bool) -> Token
     """Rows by number, those from `limit` on left out; or, where processes have to keep step, without targets."""
     if not fill:
         return rows.batch(range(own.start, min(limit, own.stop)))
-    batch = rows.batch(own)
-    beyond_B = torch.tensor([row >= limit for row in own])
-    labels = {field.name: getattr(batch, field.name) for field in fields(batch) if "labels" in field.name}
-    without = {
-        name: column.masked_fill(beyond_B.view(-1, *[1] * (column.ndim - 1)), IGNORE) for name, column in labels.items()
-    }
-    return replace(batch, **without)
+    return rows.batch(own).without_targets(torch.tensor([row >= limit for row in own]))
 
 
 def _points_until(step: int, output: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Alignment from the recipe to the model: the loss that is minimised, what is measured, what is written."""
 
+import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 
 from puna.align.config import AlignConfig
+from puna.align.learn import open_data
 from puna.align.losses import DPO, KTO, Answers
 from puna.align.main import main as align
 from puna.align.main import reference_logprobs
 from puna.align.preference import judge, preference_loss, token_logprobs
 from puna.batches.packing import IGNORE
-from puna.batches.preference_rows import PreferenceRows, write_preference_shards
+from puna.batches.preference_rows import PreferenceBatch, PreferenceRows, write_preference_shards
 from puna.batches.preferences import GOOD, MISMATCHED, read_preferences, with_mismatched
 from puna.batches.shards import TokenShards
 from puna.config import load_config
@@ -152,7 +155,8 @@ def test_the_model_learns_to_prefer(base_model: Path, data: Path, tmp_path: Path
     )
     measured = [point for point in points if "validation/accuracy" in point]
     assert measured[-1]["validation/accuracy"] == 1.0
-    assert measured[-1]["validation/margin"] > max(0, measured[0]["validation/margin"])
+    assert measured[-1]["validation/margin"] > 0
+    assert points[-1]["train/loss"] < points[0]["train/loss"]
     if loss == "dpo":
         assert points[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
     results = Manifest.read(tmp_path / "model").results
@@ -201,6 +205,7 @@ def test_interrupted_alignment_ends_in_the_same_bits(base_model: Path, data: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (['mixture=[{ name = "a", preferences = "b" }]'], "Set preferences or mixture, one of them"),
         (['loss={kind="dop"}'], "Did you mean 'dpo'"),
         (['loss={kind="dpo",beta=0}'], "beta is 0"),
         (['loss={kind="kto"}', "nll_weight=0.2"], "nll_weight is for losses of pairs"),
@@ -225,3 +230,40 @@ def test_labels_are_the_answers_alone(base_model: Path, data: Path, tmp_path: Pa
     text = tokenizer.decode(batch.labels_BT[batch.labels_BT != IGNORE].tolist())
     assert "What" not in text
     assert text.count("llama") == text.count("city") == text.count("<|eot_id|>") / 2
+
+
+def test_sources_are_mixed_in_the_proportions_that_were_asked_for(base_model: Path, data: Path, tmp_path: Path) -> None:
+    """Every row is a row of its source, the reference's log-probabilities with it; three in four are of the first."""
+    safe = tmp_path / "safe.jsonl"
+    write_jsonl(safe, [{"prompt": f"Is {n} bad?", "chosen": "no", "rejected": f"yes {n}"} for n in range(9)])
+    sources = [
+        {"name": "helpful", "preferences": str(data / "train.jsonl"), "weight": 3.0},
+        {"name": "safe", "preferences": str(safe)},
+    ]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "".join("[[mixture]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in each.items()) for each in sources)
+    )
+    settings = [f"model={base_model}", f"output={tmp_path / 'out'}", f"held_out_preferences={data / 'held_out.jsonl'}"]
+    align(load_config(AlignConfig, recipe, [*settings, *TRAIN, "train.steps=3", "train.validate_every=3"]))
+    manifest = Manifest.read(tmp_path / "out" / "model")
+    assert set(manifest.inputs) == {
+        str(path) for path in (base_model, data / "train.jsonl", safe, data / "held_out.jsonl")
+    }
+    [first] = [line["train/loss"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if line["step"] == 1]
+    assert first == pytest.approx(math.log(2), abs=1e-5)
+
+    tokenizer = load_tokenizer(base_model)
+    config = load_config(AlignConfig, recipe, [*settings, *TRAIN, "train.steps=3", "train.validate_every=3"])
+    opened = open_data(config, load_model(base_model), tokenizer, judged=False, formatting=False)
+    for number, rows in enumerate(opened.sources):
+        rows.reference = np.full(rows.shards.num_tokens, number + 1, dtype=np.float32)
+    batch = opened.rows.batch(range(40))
+    assert isinstance(batch, PreferenceBatch)
+    source_B = batch.reference_BT.amax(1).long() - 1
+    assert source_B.bincount().tolist() == [30, 10]
+    for number, rows in enumerate(opened.sources):
+        mixed = [row for row in range(40) if source_B[row] == number]
+        alone = rows.batch(range(len(mixed)))
+        for field in fields(PreferenceBatch):
+            assert torch.equal(getattr(batch, field.name)[mixed], getattr(alone, field.name))

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.align.reward import RewardConfig, calibration_error, reward_loss, rewards
+from puna.align.reward import RewardConfig
 from puna.align.reward import main as train_reward
+from puna.align.reward_loss import reward_loss, rewards
+from puna.align.reward_watch import calibration_error, reliability
 from puna.align.rows import open_rows
 from puna.batches.packing import PADDING
 from puna.batches.preference_rows import PreferenceRows
@@ -78,6 +80,7 @@ def test_it_agrees_with_people_and_with_transformers(base_model: Path, data: Pat
     report = (output / "report.txt").read_text()
     assert "accuracy, significantly better" in report
     assert "better answer longer" in report
+    assert (output / "reliability.svg").read_text().startswith("<svg")
 
     found = load_head_model(written)
     rows = rows_of(base_model, data / "held_out.jsonl", tmp_path / "shards")
@@ -125,9 +128,13 @@ def test_the_loss_is_that_of_the_paper(base_model: Path, data: Path, tmp_path: P
 
 
 def test_calibration_by_hand() -> None:
-    """Two pairs at 0.9 of which one is right: 0.4 apart; two at 0.55, of which both are: 0.45 apart."""
+    """Two pairs at 0.9 of which one is right: 0.4 apart; two at 0.56, of which both are: 0.44 apart."""
     probabilities = torch.tensor([0.9, 0.1, 0.56, 0.56])
-    assert calibration_error(probabilities).item() == pytest.approx((abs(1 - 1.8) + abs(2 - 1.12)) / 4)
+    bins = reliability(probabilities)
+    assert [(each.share_right, each.count) for each in bins] == [(1.0, 2), (0.5, 2)]
+    assert [each.confidence for each in bins] == pytest.approx([0.56, 0.9])
+    assert all(each.low < each.share_right <= each.high for each in bins)
+    assert calibration_error(probabilities) == pytest.approx((abs(1 - 1.8) + abs(2 - 1.12)) / 4)
 
 
 def test_wrong_settings_are_explained(base_model: Path, data: Path, tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.align.draw import Drawn
 from puna.align.winrate import Answered, WinRateConfig, answer_divergence, figures
 from puna.align.winrate import main as winrate
 from puna.config import load_config
+from puna.infer.draw import Drawn
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_jsonl, write_jsonl
 from puna.runtime.manifest import Manifest
 from puna.tokenizer.load import load_tokenizer
+from puna.tokenizer.train import TokenizerConfig
+from puna.tokenizer.train import main as train_tokenizer
 from puna.weights.load import load_model, save_model
 
 
@@ -50,6 +52,8 @@ def test_figures_by_hand() -> None:
     assert found["free_tie_rate"] == (0 + 2 + 0 + 2) / 16
     assert found["greedy_reward_gain"] == 1.0
     assert found["free_reward"] == (2 + 0 + 1 + 4) / 4
+    # All answers of ours are shorter by the same, so the regression cannot tell how much that does, and stays between.
+    assert 0.5 < found["greedy_win_rate_equal_length"] < found["greedy_win_rate"]
     assert found["mean_tokens"] == 2
     assert found["baseline_mean_tokens"] == 4
     # Wilson's formula for 2 of 4, as 2.5 rounds to the even.
@@ -63,15 +67,14 @@ def test_a_model_ties_with_itself(base_model: Path, reward_model: Path, tmp_path
     found = run(base_model, base_model, reward_model, tmp_path)
     assert found["greedy_win_rate"] == 0.5
     assert found["greedy_tie_rate"] == 1.0
+    assert found["greedy_win_rate_equal_length"] == pytest.approx(0.5)
     assert found["free_win_rate"] == 0.5, "the same seeds give the same answers"
     assert found["divergence_nats"] == 0.0
     rows = list(read_jsonl(tmp_path / "out" / "comparisons.jsonl"))
     assert [row["reward"] for row in rows] == [row["baseline_reward"] for row in rows]
 
 
-def test_a_changed_model_is_told_apart(
-    base_model: Path, moved_model: Path, reward_model: Path, tmp_path: Path
-) -> None:
+def test_a_changed_model_is_told_apart(base_model: Path, moved_model: Path, reward_model: Path, tmp_path: Path) -> None:
     found = run(moved_model, base_model, reward_model, tmp_path)
     assert found["divergence_nats"] > 0
     assert found["greedy_tie_rate"] < 1
@@ -97,6 +100,13 @@ def test_the_divergence_is_that_of_all_logits(base_model: Path, moved_model: Pat
 def test_wrong_settings_are_explained(base_model: Path, reward_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="max_tokens has to be at least 1"):
         run(base_model, base_model, reward_model, tmp_path, "max_tokens=0")
+    write_jsonl(tmp_path / "docs.jsonl", [{"id": "1", "text": "hay and herds of llamas " * 9}])
+    train_tokenizer(TokenizerConfig(documents=tmp_path / "docs.jsonl", output=tmp_path / "tok", vocab_size=280))
+    other = load_tokenizer(tmp_path / "tok")
+    other.chat_template = load_tokenizer(base_model).chat_template
+    save_model(load_model(base_model), tmp_path / "other", tokenizer=other)
+    with pytest.raises(InputError, match=r"different tokenizers.*samples=0"):
+        run(base_model, tmp_path / "other", reward_model, tmp_path)
     with pytest.raises(InputError, match="ForCausalLM"):
         run(base_model, base_model, base_model, tmp_path)
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from puna.batches.packing import TokenBatch
 from puna.config import to_plain
-from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.config import FinetuneConfig
 from puna.finetune.learn import learn
 from puna.finetune.regularize.agreement import Seen
 from puna.finetune.regularize.safeguards import Safeguards
@@ -26,6 +26,7 @@ from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
+from puna.train.checks import check_row_length
 from puna.train.loss import LossSum
 
 
@@ -36,7 +37,7 @@ def tune_task(config: FinetuneConfig, judge: Judge | None = None) -> None:
     if tokenizer.bos_id is None:
         raise InputError(f"The tokenizer in {config.model} has no BOS token, with which every example begins.")
     model = load_trunk(config.model, dtype=torch.float32)
-    check_row_length(config, model.config.context_length)
+    check_row_length(config.train, model)
     opened = open_tasks(config, tokenizer)
     spec, train = opened.head, config.train
     check_selection(config.selection, bool(opened.held_out), [LOSS, *opened.metrics, *config.earlier_metrics])

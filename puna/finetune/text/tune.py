@@ -12,7 +12,7 @@ from puna.batches.packing import PackedRows
 from puna.batches.shards import ShardWriter, TokenShards
 from puna.config import to_plain
 from puna.finetune.answers import answer
-from puna.finetune.config import FinetuneConfig, check_row_length
+from puna.finetune.config import FinetuneConfig
 from puna.finetune.learn import learn
 from puna.finetune.regularize.agreement import token_divergence
 from puna.finetune.regularize.safeguards import Safeguards
@@ -25,6 +25,7 @@ from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
+from puna.train.checks import check_row_length
 from puna.train.loss import causal_lm_loss
 from puna.weights.load import load_model
 
@@ -37,7 +38,7 @@ def tune_text(config: FinetuneConfig, task: TextTask, judge: Judge | None = None
     assert config.data is not None
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=torch.float32)
-    check_row_length(config, model.config.context_length)
+    check_row_length(config.train, model)
     train = config.train
     opened = task.open(config.data, tokenizer, train.row_length)
     check_selection(config.selection, bool(opened.held_out), [LOSS, *task.metrics, *config.earlier_metrics])
