@@ -22,21 +22,23 @@ from puna.infer.sampling import SamplingParams
 from puna.runtime.errors import InputError
 from puna.serve import errors
 from puna.serve.errors import ApiError
+from puna.serve.guard import Answers, Guard, GuardedRun, Refused
 from puna.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from puna.serve.responses import ChatReply, CompletionReply, Echo, Reply, join, model_card, usage_of
-from puna.serve.worker import EngineFailed, Job, RequestFailed, Run, Worker
+from puna.serve.worker import EngineFailed, Job, RequestFailed, Worker
 from puna.tokenizer.chat import render_chat
 
 _CLIENT_CLOSED_REQUEST = 499
 """Nobody reads it; the name is nginx's."""
 
 
-def build_app(engine: Engine, name: str) -> FastAPI:
+def build_app(engine: Engine, name: str, guard: Guard | None = None) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
         engine: belongs to the application from its start-up to its shutdown.
         name: how clients call the model; its adapters go by their own names.
+        guard: judges prompts and answers; belongs to the application as the engine does.
 
     Raises:
         InputError: an adapter has the model's name.
@@ -52,6 +54,8 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         yield
         worker.stop()
         await asyncio.to_thread(worker.join)
+        if guard is not None:
+            guard.close()
 
     app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan)
     app.state.worker = worker
@@ -59,7 +63,10 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok"}) if worker.alive else JSONResponse({"status": "stopped"}, 503)
+        report = {} if guard is None else {"guard": guard.report()}
+        if not worker.alive:
+            return JSONResponse({"status": "stopped", **report}, 503)
+        return JSONResponse({"status": "ok", **report})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -75,18 +82,18 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         adapter = adapter_of(body.model)
         prompts = [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         check_prompts(prompts, body, body.params(0), "prompt")
+        texts = [
+            prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt, skip_special=True)
+            for prompt in body.prompts
+        ]
         echoes: list[Echo | None] = [None] * len(prompts)
         if body.echo:
-            texts = [
-                prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt, skip_special=True)
-                for prompt in body.prompts
-            ]
             echoes = [Echo(text, ids) for text, ids in zip(texts, prompts, strict=True)]
         choices = [replace(body.params(choice), adapter=adapter) for choice in range(body.n or 1)]
         jobs = [Job(ids, params, new_text=False) for ids in prompts for params in choices]
         each = [echo for echo in echoes for _ in choices]
         reply = CompletionReply(engine, body.model, body.params(0), len(choices), each)
-        return await respond(request, body, reply, jobs, num_prompt_tokens=sum(map(len, prompts)))
+        return await respond(request, body, reply, jobs, texts, num_prompt_tokens=sum(map(len, prompts)))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -99,7 +106,8 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         check_prompts([ids], body, body.params(0), "messages")
         jobs = [Job(ids, replace(body.params(choice), adapter=adapter), new_text=True) for choice in range(body.n or 1)]
         reply = ChatReply(engine, body.model, body.params(0), len(jobs))
-        return await respond(request, body, reply, jobs, num_prompt_tokens=len(ids))
+        texts = [message["content"] for message in messages]
+        return await respond(request, body, reply, jobs, texts, num_prompt_tokens=len(ids))
 
     def adapter_of(asked: str) -> str | None:
         """The adapter that a model's name stands for, or None for the bare model."""
@@ -112,6 +120,12 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     def check_prompts(
         prompts: Sequence[Sequence[int]], body: GenerationRequest, params: SamplingParams, param: str
     ) -> None:
+        if guard is not None and guard.config.answers and params.logprobs is not None:
+            raise ApiError(
+                400,
+                "This server judges answers before they leave, and log-probabilities would show more.",
+                param="logprobs",
+            )
         for name, part in (
             ("logit_bias", SamplingParams(logit_bias=params.logit_bias)),
             ("stop_token_ids", SamplingParams(stop_ids=params.stop_ids)),
@@ -128,10 +142,28 @@ def build_app(engine: Engine, name: str) -> FastAPI:
                 code = "context_length_exceeded" if len(ids) >= engine.max_context else None
                 raise ApiError(400, str(error), param=param, code=code) from error
 
-    async def respond(
-        request: Request, body: GenerationRequest, reply: Reply, jobs: Sequence[Job], *, num_prompt_tokens: int
-    ) -> Response:
+    async def open_run(jobs: Sequence[Job], texts: Sequence[str]) -> Answers:
+        """The answers to prompts, which read `texts`."""
+        if guard is None:
+            return worker.open(jobs)
+        if guard.config.prompts and not await guard.allows("prompts", texts):
+            return Refused(len(jobs), guard.config.refusal)
         run = worker.open(jobs)
+        return GuardedRun(run, guard, len(jobs)) if guard.config.answers else run
+
+    async def respond(
+        request: Request,
+        body: GenerationRequest,
+        reply: Reply,
+        jobs: Sequence[Job],
+        texts: Sequence[str],
+        *,
+        num_prompt_tokens: int,
+    ) -> Response:
+        try:
+            run = await open_run(jobs, texts)
+        except EngineFailed as error:
+            raise _refusal(error, body) from error
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(run, _events(run, body, reply, len(jobs), num_prompt_tokens if with_usage else None))
@@ -171,7 +203,7 @@ class Server(uvicorn.Server):
 class EventStream(StreamingResponse):
     """Server-sent events, after which the run is closed, however the connection ends."""
 
-    def __init__(self, run: Run, events: AsyncIterator[str]) -> None:
+    def __init__(self, run: Answers, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._run = run
 
@@ -183,7 +215,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    run: Run, body: GenerationRequest, reply: Reply, num_jobs: int, num_prompt_tokens: int | None
+    run: Answers, body: GenerationRequest, reply: Reply, num_jobs: int, num_prompt_tokens: int | None
 ) -> AsyncIterator[str]:
     """The events of a stream; with the number of prompt tokens, one with the usage comes last."""
     no_usage = {} if num_prompt_tokens is None else {"usage": None}
@@ -214,7 +246,7 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-async def _unless_disconnected(request: Request, run: Run, num_jobs: int) -> list[Delta] | None:
+async def _unless_disconnected(request: Request, run: Answers, num_jobs: int) -> list[Delta] | None:
     """Every job's answer in order, or None when the client has gone away before.
 
     Raises:

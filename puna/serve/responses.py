@@ -17,9 +17,10 @@ _LOWEST_LOGPROB = -9999.0
 
 
 def join(deltas: Sequence[Delta]) -> Delta:
-    """All of a sequence's deltas as one."""
+    """All of a sequence's deltas as one; of an answer that was refused in the end, the refusal alone."""
+    refused = deltas[-1].finish_reason == "content_filter"
     return Delta(
-        "".join(delta.text for delta in deltas),
+        deltas[-1].text if refused else "".join(delta.text for delta in deltas),
         tuple(i for delta in deltas for i in delta.ids),
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[-1].finish_reason,
@@ -120,9 +121,10 @@ class CompletionReply(Reply):
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         echo = self._echoes[index]
         echoed = echo is not None and self._has_logprobs and delta.prompt is not None
+        text = "" if delta.finish_reason == "content_filter" else delta.text
         return {
             "index": index,
-            "text": echo.text + delta.text if echo is not None and echoed else delta.text,
+            "text": echo.text + text if echo is not None and echoed else text,
             "logprobs": self._logprobs(index, delta) if self._has_logprobs else None,
             "finish_reason": delta.finish_reason,
         }
@@ -166,7 +168,7 @@ class ChatReply(Reply):
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         return {
             "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": {_field(delta): delta.text} if delta.text else {},
             **({"logprobs": self._logprobs(delta)} if self._has_logprobs else {}),
             "finish_reason": delta.finish_reason,
         }
@@ -174,7 +176,7 @@ class ChatReply(Reply):
     def _whole_choice(self, index: int, answer: Delta) -> dict[str, Any]:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": {"role": "assistant", "content": None, "refusal": None, _field(answer): answer.text},
             "logprobs": self._logprobs(answer) if self._has_logprobs else None,
             "finish_reason": answer.finish_reason,
         }
@@ -189,6 +191,11 @@ class ChatReply(Reply):
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token_id)
         return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _field(delta: Delta) -> str:
+    """What an answer's text is called in a message."""
+    return "refusal" if delta.finish_reason == "content_filter" else "content"
 
 
 def usage_of(num_prompt_tokens: int, num_tokens: int, num_cached_tokens: int) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from rich.console import Console
 
 from puna.infer.load import EngineConfig, load_engine
 from puna.runtime.errors import InputError
+from puna.runtime.listen import address_of, check_port
+from puna.runtime.listen import listen as listen
+from puna.serve.guard import Guard, GuardConfig
 
 _SECONDS_TO_FINISH = 5
 
@@ -31,10 +34,11 @@ class ServeConfig:
     """TCP port; 0 takes any free one."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Where it computes, and for how many requests at once (max_rows)."""
+    guard: GuardConfig | None = None
+    """A classifier that judges prompts and answers, and refuses them: guard.model."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise InputError(f"port is {self.port}; a TCP port is between 1 and 65535, or 0 for any free one.")
+        check_port(self.port)
 
 
 def main(config: ServeConfig) -> None:
@@ -51,32 +55,16 @@ def main(config: ServeConfig) -> None:
 
     with closing(listen(config.host, config.port)) as listener:
         name = config.name or config.model.resolve().name
+        guard = None if config.guard is None else Guard(config.guard)
         engine = load_engine(config.model, config.engine)
-        server = Server(build_app(engine, name), seconds_to_finish=_SECONDS_TO_FINISH)
+        server = Server(build_app(engine, name, guard), seconds_to_finish=_SECONDS_TO_FINISH)
         _announce(name, listener, chat=engine.tokenizer.chat_template is not None)
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; clients that come before the server is ready wait.
-
-    Raises:
-        InputError: the port is taken, or the address cannot be used.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise InputError(
-            f"Cannot listen on {host}, port {port}: {error.strerror}. If another program has the port, perhaps "
-            "another `puna serve`, end it, or choose a different port: --set port=0 takes any that is free."
-        ) from error
-
-
 def _announce(name: str, listener: socket.socket, *, chat: bool) -> None:
-    host, port = listener.getsockname()[:2]
-    base = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    base = f"{address_of(listener)}/v1"
     if chat:
         path, turns = "chat/completions", [{"role": "user", "content": "Hello!"}]
         body: dict[str, object] = {"model": name, "messages": turns}

@@ -35,9 +35,9 @@ class RequestFailed(Exception):
 class Run:
     """The answers to one request, made in an event loop and filled by the worker."""
 
-    def __init__(self, num_jobs: int, close: Callable[["Run"], None]) -> None:
-        self._num_jobs = num_jobs
-        self._close = close
+    def __init__(self, num_jobs: int, cancel: Callable[["Run", int | None], None]) -> None:
+        self._running = set(range(num_jobs))
+        self._cancel = cancel
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Delta] | EngineFailed | RequestFailed] = asyncio.Queue()
 
@@ -52,17 +52,24 @@ class Run:
             EngineFailed: the answers will not be finished.
             RequestFailed: nor can they be.
         """
-        running = self._num_jobs
-        while running:
+        while self._running:
             item = await self._queue.get()
             if isinstance(item, EngineFailed | RequestFailed):
                 raise item
-            running -= item[1].finish_reason is not None
-            yield item
+            number, delta = item
+            if number in self._running:
+                if delta.finish_reason is not None:
+                    self._running.remove(number)
+                yield item
+
+    def drop(self, number: int) -> None:
+        """Give up one of the answers: no more of it comes."""
+        self._running.discard(number)
+        self._cancel(self, number)
 
     def close(self) -> None:
         """Give up what has not finished; to be called in any case."""
-        self._close(self)
+        self._cancel(self, None)
 
 
 class Worker:
@@ -93,7 +100,7 @@ class Worker:
 
     def open(self, jobs: Sequence[Job]) -> Run:
         """Queue the jobs of one request. Their prompts have passed `Engine.check`; call it from an event loop."""
-        run = Run(len(jobs), close=lambda run: self._inbox.put(partial(self._cancel, run)))
+        run = Run(len(jobs), cancel=lambda run, number: self._inbox.put(partial(self._cancel, run, number)))
         self._inbox.put(partial(self._submit, run, jobs))
         return run
 
@@ -102,8 +109,10 @@ class Worker:
             sequence = self._engine.submit(job.prompt_ids, job.params, new_text=job.new_text)
             self._runs[sequence] = (run, number)
 
-    def _cancel(self, run: Run) -> None:
-        for sequence in [sequence for sequence, (owner, _) in self._runs.items() if owner is run]:
+    def _cancel(self, run: Run, number: int | None = None) -> None:
+        """Cancel one of a run's jobs, or all of them."""
+        own = [sequence for sequence, (owner, _) in self._runs.items() if owner is run]
+        for sequence in own if number is None else [each for each in own if self._runs[each][1] == number]:
             self._engine.cancel(sequence)
             del self._runs[sequence]
 

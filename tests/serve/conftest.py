@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from puna.model.config import LlamaConfig
 from puna.model.initialize import initialize
 from puna.model.transformer import Transformer
 from puna.serve.app import Server, build_app
+from puna.serve.guard import Guard
 from puna.serve.server import listen
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.chat_template import builtin_template
@@ -83,18 +84,33 @@ def model_directory(model: Transformer, tokenizer: Tokenizer, tmp_path_factory: 
     return directory
 
 
+Serve = Callable[..., AbstractContextManager[Served]]
+
+
+@pytest.fixture(scope="session")
+def serve(model: Transformer, tokenizer: Tokenizer) -> Serve:
+    """Start a server, with a guard or without, and end it after."""
+
+    @contextmanager
+    def start(guard: Guard | None = None) -> Iterator[Served]:
+        engine = WatchedEngine(model, tokenizer, EngineConfig(max_rows=4))
+        with closing(listen("127.0.0.1", 0)) as listener:
+            server = Server(build_app(engine, "tiny", guard), seconds_to_finish=0.2)
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+            yield Served(engine, f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+            assert not {"puna-engine", "puna-guard_0"} & {thread.name for thread in threading.enumerate()}
+
+    return start
+
+
 @pytest.fixture(scope="module")
-def served(model: Transformer, tokenizer: Tokenizer) -> Iterator[Served]:
-    engine = WatchedEngine(model, tokenizer, EngineConfig(max_rows=4))
-    with closing(listen("127.0.0.1", 0)) as listener:
-        server = Server(build_app(engine, "tiny"), seconds_to_finish=0.2)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield Served(engine, f"http://127.0.0.1:{listener.getsockname()[1]}", server)
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
-        assert "puna-engine" not in {thread.name for thread in threading.enumerate()}
+def served(serve: Serve) -> Iterator[Served]:
+    with serve() as served:
+        yield served
 
 
 @pytest.fixture
