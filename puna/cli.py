@@ -8,9 +8,10 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from puna.pipeline.stages import STAGES, load_stage
 from puna.runtime.errors import InputError
@@ -23,7 +24,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-inspect_app = typer.Typer(help="Look at what Puna made or reads.", no_args_is_help=True)
+
+
+class _OrModel(TyperGroup):
+    """`puna inspect MODEL` is `puna inspect model MODEL`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["model", *args])
+
+
+inspect_app = typer.Typer(
+    help="Look at what Puna made or reads; `puna inspect MODEL` is short for `puna inspect model MODEL`.",
+    no_args_is_help=True,
+    cls=_OrModel,
+)
 app.add_typer(inspect_app, name="inspect")
 
 Source = Annotated[
@@ -66,8 +80,28 @@ def _add_stage(name: str) -> None:
 
 
 for _name in STAGES:
-    if _name not in ("convert", "predict"):
+    if _name not in ("align", "compare", "convert", "predict"):
         _add_stage(_name)
+
+
+@app.command(help=STAGES["align"].help + "\n\n`puna config align` prints every setting with its meaning and default.")
+def align(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE.toml|MODEL|collect]",
+            help="A TOML recipe; or the model to start from; or `collect`, to have people compare answers first.",
+        ),
+    ] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.toml]", help="After `collect`: its recipe.")] = None,
+    set_: Settings = None,
+) -> None:
+    if source == "collect":
+        _run_stage("collect", recipe, set_ or [])
+    elif recipe is None:
+        _run_stage("align", source, set_ or [])
+    else:
+        raise InputError(f"{recipe} stands behind {source}; of these, only `puna align collect` takes a recipe there.")
 
 
 @app.command(help=STAGES["convert"].help + " Ends by comparing the logits of both sides.")
@@ -93,6 +127,20 @@ def predict(
     settings = [_setting("model", model), _setting("data", str(data))]
     settings += [] if output is None else [_setting("output", str(output))]
     _run_stage("predict", None, [*settings, *(set_ or [])])
+
+
+@app.command(help=STAGES["compare"].help + " Or one recipe of it.\n\n`puna config compare` prints every setting.")
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL MODEL...", help="Model directories, or names such as llama-3.1-8b.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    set_: Settings = None,
+) -> None:
+    recipe = models[0] if len(models) == 1 and models[0].endswith(".toml") else None
+    settings = [] if recipe else [f"models={json.dumps(models)}"]
+    settings += [] if output is None else [_setting("output", str(output))]
+    _run_stage("compare", recipe, [*settings, *(set_ or [])])
 
 
 @app.command()
@@ -137,8 +185,22 @@ def inspect_chat(
 @inspect_app.command("model")
 def inspect_model(
     model: Annotated[str, typer.Argument(help="A checkpoint, or the name of a published model such as llama-3.1-8b.")],
+    card: Annotated[bool, typer.Option("--card", help="Write its model card, README.md, from the manifests.")] = False,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with evaluations for the card, besides the run's own; may be repeated."),
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="For the card, as the hub names it: apache-2.0.")] = None,
 ) -> None:
-    """Show a model's architecture, and its parameters, FLOPs and cache bytes."""
+    """Show a model's architecture, and its parameters, FLOPs and cache bytes; or write its model card."""
+    if card:
+        from puna.pipeline.card import write_card
+        from puna.runtime.progress import say
+
+        say(f"Wrote {write_card(Path(model), evaluations or [], licence)}")
+        return
+    if evaluations or licence:
+        raise InputError("--evaluations and --licence belong to --card.")
     from puna.pipeline.inspect import show_model
 
     show_model(model)

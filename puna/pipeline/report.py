@@ -85,11 +85,11 @@ def write_report(output: Path, records: Sequence[StageRecord]) -> Path:
 def print_summary(output: Path, records: Sequence[StageRecord]) -> None:
     """The few numbers and answers that one wants to see in the terminal."""
     manifests = _manifests(output, records)
-    columns, lines = round_lines(manifests)
-    for number, *values in lines:
-        say(f"  round {number}")
-        for column, value in zip(columns, values, strict=True):
-            say(f"    {column:<44} {value}")
+    rounds, lines = round_lines(manifests)
+    if lines:
+        say("  " + " | ".join(("in each round", *rounds)))
+    for stage, figure, *values in lines:
+        say(f"  {stage:<12} {figure:<28} " + " | ".join(values))
     for row in _numbers(manifests):
         if row["unit"] in ("bits/byte", "word F1, 0 to 1", "tokens/s"):
             say(f"  {row['stage']:<12} {row['name']:<44} {row['value']:>10} {row['unit']}")

@@ -1,11 +1,11 @@
-"""What rounds came to, a line for each."""
+"""What rounds came to, side by side."""
 
 import re
 from collections.abc import Mapping
 
 from puna.runtime.manifest import Manifest
 
-_COLUMNS: dict[str, dict[str, str]] = {
+_FIGURES: dict[str, dict[str, str]] = {
     "simulate": {"num_preferences": "preferences"},
     "collect": {"num_preferences": "preferences"},
     "reward": {"validation/accuracy": "held-out accuracy"},
@@ -14,31 +14,33 @@ _COLUMNS: dict[str, dict[str, str]] = {
     "winrate": {
         "greedy_win_rate": "win rate, greedy",
         "free_win_rate": "win rate, temperature 1",
+        "free_win_rate_equal_length": "at equal length",
         "free_reward_gain": "reward gained",
         "divergence_nats": "divergence, nats an answer",
         "mean_tokens": "tokens an answer",
     },
 }
-"""Stage -> result -> what the column is called."""
+"""Stage -> result -> what it is called."""
 
 
 def round_lines(manifests: Mapping[str, Manifest]) -> tuple[list[str], list[list[str]]]:
-    """The columns, and one line for each round of a run; nothing where there are no rounds.
+    """The rounds of a run, and a line for each figure: its stage, what it is, and its value in each round.
 
     Args:
         manifests: by the stage's name within the run, such as "round2/dpo".
     """
-    rounds: dict[str, dict[str, str]] = {}
+    rounds: list[str] = []
+    figures: dict[tuple[str, str], dict[str, str]] = {}
     for name, manifest in manifests.items():
         found = re.fullmatch(r"round(\d+)/(.+)", name)
         if found is None:
             continue
-        line = rounds.setdefault(found[1], {})
-        for key, title in _COLUMNS.get(manifest.stage, {}).items():
+        number, stage = found.groups()
+        rounds += [number] if number not in rounds else []
+        for key, title in _FIGURES.get(manifest.stage, {}).items():
             if key in manifest.results:
-                line[f"{found[2]}: {title}"] = _text(manifest.results, key)
-    columns = list(dict.fromkeys(column for line in rounds.values() for column in line))
-    return columns, [[number, *(line.get(column, "") for column in columns)] for number, line in rounds.items()]
+                figures.setdefault((stage, title), {})[number] = _text(manifest.results, key)
+    return rounds, [[*names, *(values.get(number, "") for number in rounds)] for names, values in figures.items()]
 
 
 def _text(results: Mapping[str, float], key: str) -> str:

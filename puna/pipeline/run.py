@@ -16,7 +16,8 @@ stage named corpus, which has to stand before.
 What is done again and again stands in [round.NAME], and `rounds` at the top says how often. In there `{NAME}` is the
 stage of the same round, `{previous.NAME}` that of the round before, and `{round}` the round's number. The first round
 has none before: `{previous.NAME or start}` then stands for the stage `start`, and a setting that needs the round before
-is left out. After the rounds, `{previous.NAME}` is that of the last. More rounds leave the first ones as they are.
+is left out; in a list of tables, the table with it. After the rounds, `{previous.NAME}` is that of the last. More
+rounds leave the first ones as they are.
 
     rounds = 2
 
@@ -45,7 +46,7 @@ from typing import Any
 
 from puna.config import apply_overrides, parse_config, read_toml, to_plain
 from puna.pipeline.record import StageRecord
-from puna.pipeline.stages import load_stage
+from puna.pipeline.stages import STAGES, load_stage
 from puna.runtime.errors import InputError
 from puna.runtime.files import read_json, write_json
 from puna.runtime.manifest import code_version, content_hash
@@ -159,7 +160,8 @@ class _Scope:
             parts = {key: self.resolve(part, needs, where) for key, part in value.items()}
             return {key: part for key, part in parts.items() if part is not None}
         if isinstance(value, list):
-            return [part for each in value if (part := self.resolve(each, needs, where)) is not None]
+            both = [(each, self.resolve(each, needs, where)) for each in value]
+            return [part for each, part in both if part is not None and not _lacks(part, each)]
         if not isinstance(value, str):
             return value
         found = {match[0]: self._stage(match, where) for match in _REFERENCE.finditer(value)}
@@ -180,6 +182,11 @@ class _Scope:
                 f"{where} refers to {{{unknown[0]}}}, but no stage of that name stands before it ({before})."
             )
         return next((stage for name in written if (stage := self.names[name])), None)
+
+
+def _lacks(part: Any, table: Any) -> bool:
+    """Whether a table was left without a setting."""
+    return isinstance(table, dict) and len(part) < len(table)
 
 
 def _plan_stage(name: str, table: dict[str, Any], scope: _Scope) -> PlannedStage:
@@ -210,7 +217,8 @@ def _bring_up_to_date(stage: PlannedStage, root: Path, before: dict[str, StageRe
         return old
     say(f"{position} {stage.name} (puna {stage.command})")
     started = time.monotonic()
-    with contextlib.nullcontext() if same else _set_aside(stage.output, root / _RECORDS / "previous" / stage.name):
+    stays = same or STAGES[stage.command].by_people
+    with contextlib.nullcontext() if stays else _set_aside(stage.output, root / _RECORDS / "previous" / stage.name):
         write_json(path, vars(StageRecord(stage.name, stage.command, fingerprint, 0.0, done=False)))
         stage.main(stage.config)
     earlier = old.seconds if old is not None and same else 0.0

@@ -14,6 +14,8 @@ class Stage(NamedTuple):
     module: str
     config: str
     help: str
+    by_people: bool = False
+    """Its output is people's work, which it goes on with itself and refuses to mix with other; never to be replaced."""
 
 
 STAGES = {
@@ -57,9 +59,48 @@ STAGES = {
     "reject": Stage(
         "puna.align.rejection", "RejectConfig", "Answer prompts several times, and keep what a reward model likes best."
     ),
+    "distil_context": Stage(
+        "puna.align.context_distillation",
+        "DistilContextConfig",
+        "Answer prompts under a safety preprompt, to learn to answer so without it.",
+    ),
+    "simulate": Stage(
+        "puna.align.simulate",
+        "SimulateConfig",
+        "Draw answers and let a program compare them: preferences to learn from.",
+    ),
+    "winrate": Stage(
+        "puna.align.winrate",
+        "WinRateConfig",
+        "Say how often a model's answers beat another's, and how far apart they are.",
+    ),
+    "collect": Stage(
+        "puna.align.collect",
+        "CollectConfig",
+        "Have people compare answers in the browser: preferences to learn from.",
+        True,
+    ),
     "align": Stage("puna.align.main", "AlignConfig", "Teach a model what people prefer, from comparisons of answers."),
+    "sums": Stage("puna.align.reinforce.sums", "SumsConfig", "Make up additions, to try reinforcement on."),
+    "reinforce": Stage(
+        "puna.align.reinforce.main", "ReinforceConfig", "Teach a model by rewards for answers that it draws itself."
+    ),
     "evaluate": Stage("puna.evaluate.main", "EvaluateConfig", "Measure a model on held-out text and questions."),
+    "compare": Stage("puna.evaluate.compare.main", "CompareConfig", "Compare models on one page."),
+    "contamination": Stage(
+        "puna.evaluate.contamination", "ContaminationConfig", "Look for a benchmark's questions in training text."
+    ),
+    "power": Stage("puna.evaluate.statistics.power", "PowerConfig", "Say how many questions show a difference."),
+    "rate": Stage(
+        "puna.evaluate.rating.human",
+        "RateConfig",
+        "Have people compare models' answers blindly, and say who is better.",
+        True,
+    ),
     "needle": Stage("puna.evaluate.needle", "NeedleConfig", "Hide a sentence in long texts and ask for it."),
+    "bias": Stage(
+        "puna.evaluate.bias.main", "BiasConfig", "Measure what changes where only the people in a sentence change."
+    ),
     "compress": Stage(
         "puna.evaluate.compress", "CompressConfig", "Store weights in 8 or 4 bits, and measure the loss."
     ),

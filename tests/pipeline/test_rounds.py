@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from puna.config import apply_overrides, read_toml
+from puna.config import apply_overrides
 from puna.pipeline.run import plan, run_recipe
 from puna.runtime.errors import InputError
 from puna.runtime.files import write_jsonl
@@ -18,6 +18,13 @@ ROUNDS = {
     "assistant": {"stage": "finetune", "model": "base", "conversations": "data"},
     "round": {
         "answers": {"stage": "reject", "model": FIRST, "reward": "r", "prompts": "prompts_{round}.jsonl"},
+        "reward": {
+            "model": "{assistant}/model",
+            "mixture": [
+                {"name": "new", "preferences": "{answers}/preferences.jsonl"},
+                {"name": "earlier", "preferences": "{previous.answers}/preferences.jsonl"},
+            ],
+        },
         "tuned": {**TUNE, "model": FIRST, "held_out_conversations": "{previous.answers}/conversations.jsonl"},
     },
     "after": {**TUNE, "conversations": "data", "model": "{previous.tuned}/model"},
@@ -27,7 +34,8 @@ ROUNDS = {
 def test_references_within_and_between_rounds() -> None:
     _, stages = plan(dict(ROUNDS), "recipe")
     found = {stage.name: stage for stage in stages}
-    assert list(found) == ["assistant", "round1/answers", "round1/tuned", "round2/answers", "round2/tuned", "after"]
+    in_rounds = [f"round{n}/{name}" for n in (1, 2) for name in ("answers", "reward", "tuned")]
+    assert list(found) == ["assistant", *in_rounds, "after"]
     assert found["round1/answers"].config.model == Path("runs/x/assistant/model")
     assert found["round2/answers"].config.model == Path("runs/x/round1/tuned/model")
     assert found["round2/answers"].needs == ("round1/tuned",)
@@ -36,6 +44,9 @@ def test_references_within_and_between_rounds() -> None:
     assert found["round2/tuned"].output == Path("runs/x/round2/tuned")
     assert found["round1/tuned"].config.held_out_conversations is None, "there is no round before the first"
     assert found["round2/tuned"].config.held_out_conversations == Path("runs/x/round1/answers/conversations.jsonl")
+    mixtures = [found[f"round{n}/reward"].config.mixture for n in (1, 2)]
+    assert [[source.name for source in mixture] for mixture in mixtures] == [["new"], ["new", "earlier"]]
+    assert mixtures[1][1].preferences == Path("runs/x/round1/answers/preferences.jsonl")
     assert found["after"].config.model == Path("runs/x/round2/tuned/model")
 
 
@@ -159,14 +170,11 @@ def test_another_round_leaves_the_first_ones(recipe: Path, tmp_path: Path, capsy
     run_recipe(recipe, ["rounds=2"])
     shown = capsys.readouterr().err
     assert shown.count(": up to date") == len(first)
-    assert "round 2" in shown
+    assert "in each round | 1 | 2" in shown
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Rounds</h2>" in page
-    assert "win_rate: win rate, greedy" in page
+    assert "<th>Round 2</th>" in page
+    assert "<td>win_rate</td><td>win rate, greedy</td>" in page
     before = str(tmp_path / "out" / "round1" / "dpo" / "model")
     assert before in Manifest.read(tmp_path / "out" / "round2" / "comparisons").inputs
     assert before in Manifest.read(tmp_path / "out" / "round2" / "tuned" / "model").inputs
-    run_recipe(recipe, ["rounds=2", "round.win_rate.max_tokens=13"])
-    again = {name for name, state in states(capsys).items() if state == "done"}
-    assert again == {"round1/win_rate", "round2/win_rate"}
-    assert read_toml(recipe)["rounds"] == 1

@@ -214,7 +214,10 @@ def test_shipped_recipes_are_valid() -> None:
     recipes = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.toml"))}
     of_one_stage = {"plan.toml": "plan", "parallel.toml": "pretrain", "search.toml": "search"}
     of_one_stage |= {name: "finetune" for name in recipes if name.startswith("finetune/")}
+    of_one_stage |= {name: "evaluate" for name in recipes if name.startswith("evaluate/")}
     of_one_stage |= {"align/dpo.toml": "align", "align/reward.toml": "reward", "align/rejection.toml": "reject"}
+    of_one_stage |= {"align/simulate.toml": "simulate", "align/winrate.toml": "winrate"}
+    of_one_stage |= {"align/grpo.toml": "reinforce", "align/ppo.toml": "reinforce"}
     of_one_stage |= {"align/collect.toml": "collect", "rate.toml": "rate"}
     of_one_stage |= {f"safety/{name}.toml": name for name in ("distil_context", "bias")} | {
         "safety/guard.toml": "finetune"
@@ -223,7 +226,10 @@ def test_shipped_recipes_are_valid() -> None:
     left = {"finetune": ["model=some"], "align": ["model=some", "preferences=some"]}
     left |= {"reward": left["align"], "reject": ["model=some", "reward=some", "prompts=some"]}
     left |= {"collect": ["models.now=some", "prompts=some"], "bias": ["model=some"], "distil_context": left["reject"]}
-    left |= {"rate": ["models.ours=some", "models.theirs=other"]}
+    left |= {"simulate": ['models=["some"]', "prompts=some"]}
+    left |= {"winrate": ["model=some", "baseline=some", "judge=some", "prompts=some"]}
+    left |= {"reinforce": ["model=some", "prompts=some"]}
+    left |= {"evaluate": ["model=some"], "rate": ["models.ours=some", "models.theirs=other"]}
     assert of_one_stage.keys() < recipes.keys()
     for name, path in recipes.items():
         if name in of_one_stage:
@@ -250,3 +256,20 @@ def test_inspect_shows_chat(recipe: Path, tmp_path: Path, capsys: pytest.Capture
     assert "supervised" in shown
     with pytest.raises(InputError, match="no conversation number 5"):
         show_chat(tmp_path / "tok", tmp_path / "c.jsonl", 5, None, False)
+
+
+def test_peoples_work_is_gone_on_with_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as ratings, when code or settings have changed."""
+    recipe = tmp_path / "rating.toml"
+    recipe.write_text(f'output = "{tmp_path}/run"\n[collect]\nprompts = "p.jsonl"\nmodels.one = "m"\n')
+    answers = tmp_path / "run" / "collect" / "ratings.jsonl"
+
+    def rate(config: object) -> None:
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        with answers.open("a") as file:
+            file.write("one more\n")
+
+    monkeypatch.setattr("puna.align.collect.main", rate)
+    run_recipe(recipe, [])
+    run_recipe(recipe, ["collect.seed=1"])
+    assert answers.read_text() == "one more\n" * 2
