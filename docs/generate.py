@@ -28,12 +28,20 @@ def page() -> str:
         help_of(),
         "```",
     ]
+    shown: dict[str, str] = {}
     for name, stage in STAGES.items():
         kind, _ = load_stage(name)
         settings = render_defaults(kind).rstrip()
         parts += ["", f"## puna {name}", "", stage.help, "", "```toml", settings, "```"]
+        elsewhere: dict[str, list[str]] = {}
         for one in sorted({one for choice in kinds_in(kind) for one in choice.classes}):
-            parts += ["", f"### {name}.{one}", "", "```toml", render_kind(kind, one).rstrip(), "```"]
+            text = render_kind(kind, one).rstrip()
+            if (first := shown.setdefault(f"{one} {text}", name)) == name:
+                parts += ["", f"### {name}.{one}", "", "```toml", text, "```"]
+            else:
+                elsewhere.setdefault(first, []).append(f"`{one}`")
+        for first, ones in elsewhere.items():
+            parts += ["", f"As for [puna {first}](#puna-{first}): {', '.join(ones)}."]
     for words in (("run",), ("config",), ("inspect", "chat"), ("inspect", "model")):
         parts += ["", f"## puna {' '.join(words)}", "", "```text", help_of(*words), "```"]
     return "\n".join(parts) + "\n"
