@@ -76,7 +76,7 @@ class TrainResult:
     def __str__(self) -> str:
         held_out = "" if self.validation_loss is None else f", held-out loss {self.validation_loss:.3f}"
         return (
-            f"{self.steps:,} steps in {duration(self.seconds)}: loss {self.train_loss:.3f}{held_out} nats per token, "
+            f"{self.steps:,} steps in {duration(self.seconds)}: loss {self.train_loss:.3f}{held_out}, "
             f"{self.tokens_per_second:,.0f} tokens/s, {self.model_flops_utilisation:.0%} of peak FLOP/s"
         )
 
