@@ -283,7 +283,7 @@ def compare_speed(arguments: argparse.Namespace, shape: str, folder: Path) -> No
         if isinstance(each, Preference)
     )
     write_model(SHAPES[shape], texts, ROW_LENGTH, folder)
-    prepare(arguments.preferences, folder, folder / "model", 20, 0, most=200 if arguments.quick else 500)
+    prepare(arguments.preferences, folder, folder / "model", 20, 0, most=100 if arguments.quick else 500)
     rows = open_rows(
         folder / "train.jsonl", folder / "rows", tokenizer=load_tokenizer(folder / "model"), row_length=ROW_LENGTH,
         seed=0, judged=False, formatting=True, leave_out=False, share_prompts=True,
