@@ -249,7 +249,8 @@ def _training(manifest: Manifest) -> dict[str, str]:
     parts += [f"{key} {train[key]}" for key in ("precision", "seed") if key in train]
     for key, label in (("train_loss", "training loss at the end"), ("validation_loss", "held-out loss at the end")):
         if isinstance(results.get(key), float):
-            parts.append(f"{label} {results[key]:.3f} nats a token")
+            unit = " nats a token" if manifest.stage == "pretrain" else ""
+            parts.append(f"{label} {results[key]:.3f}{unit}")
     if isinstance(results.get("seconds"), float):
         parts.append(f"{results['seconds']:,.0f} s")
     return {
