@@ -34,7 +34,7 @@ THEIRS = {
 }
 ROW_LENGTH, ROWS = 512, 8
 LEARNING_RATE = {"reward": 1e-4, "dpo": 1e-5}
-WARM_UP = 3
+WARM_UP = 1
 """Steps that are not timed."""
 HELD_OUT, QUALITY_STEPS = 200, 100
 
@@ -283,7 +283,7 @@ def compare_speed(arguments: argparse.Namespace, shape: str, folder: Path) -> No
         if isinstance(each, Preference)
     )
     write_model(SHAPES[shape], texts, ROW_LENGTH, folder)
-    prepare(arguments.preferences, folder, folder / "model", 20, 0, most=100 if arguments.quick else 500)
+    prepare(arguments.preferences, folder, folder / "model", 20, 0, most=70 if arguments.quick else 500)
     rows = open_rows(
         folder / "train.jsonl", folder / "rows", tokenizer=load_tokenizer(folder / "model"), row_length=ROW_LENGTH,
         seed=0, judged=False, formatting=True, leave_out=False, share_prompts=True,
