@@ -21,29 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from figures import command_line, figure, show
+from small_models import SHAPES, write_model
 
 from puna.runtime.devices import available_cores
 
-SHAPES: dict[str, dict[str, int]] = {
-    "15M, 8k vocabulary": {
-        "vocab_size": 8192,
-        "dim": 384,
-        "num_layers": 6,
-        "num_heads": 6,
-        "num_kv_heads": 6,
-        "head_dim": 64,
-        "hidden_dim": 1024,
-    },
-    "100M, 20k vocabulary": {
-        "vocab_size": 20000,
-        "dim": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "num_kv_heads": 4,
-        "head_dim": 64,
-        "hidden_dim": 2048,
-    },
-}
+CPU_SHAPES = ("15M, 8k vocabulary", "100M, 20k vocabulary")
 TASKS: dict[str, tuple[dict[str, Any], int, int]] = {
     "mmlu, 5 shots": ({"kind": "mmlu", "shots": 5, "subjects": ["anatomy", "marketing"]}, 12, 4),
     "hellaswag": ({"kind": "hellaswag"}, 40, 12),
@@ -54,29 +36,6 @@ TASKS: dict[str, tuple[dict[str, Any], int, int]] = {
 BATCH_SIZES, QUICK_BATCH_SIZES = (1, 8, 32, 64), (1, 16)
 CONTEXT = 2048
 ROUNDS = 3
-
-
-def prepare(shape: dict[str, int], texts: list[str], folder: Path) -> None:
-    """The model directory that both sides load; its tokenizer learns from the questions."""
-    import torch
-
-    from puna.model.config import LlamaConfig
-    from puna.model.initialize import initialize
-    from puna.model.transformer import Transformer
-    from puna.runtime.files import write_jsonl
-    from puna.tokenizer.load import load_tokenizer
-    from puna.tokenizer.train import TokenizerConfig
-    from puna.tokenizer.train import main as train_tokenizer
-    from puna.weights.load import save_model
-
-    write_jsonl(folder / "texts.jsonl", ({"id": str(number), "text": text} for number, text in enumerate(texts)))
-    train_tokenizer(
-        TokenizerConfig(documents=folder / "texts.jsonl", output=folder / "tokenizer", vocab_size=shape["vocab_size"])
-    )
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    model = Transformer(LlamaConfig(**shape, context_length=CONTEXT))
-    initialize(model, 0)
-    save_model(model, folder / "model", tokenizer=tokenizer, dtype=torch.float32)
 
 
 def read_requests(data: Path, quick: bool) -> tuple[dict[str, Any], list[str]]:
@@ -187,7 +146,7 @@ def measure(shape: str, requests: dict[str, Any], texts: list[str], options: arg
     """All tasks with one model."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(SHAPES[shape], texts, folder)
+        write_model(SHAPES[shape], texts, CONTEXT, folder)
         (folder / "requests.json").write_text(json.dumps(requests))
         ours, theirs = (Side(side, folder, options.threads) for side in ("puna", "lm-eval"))
         for side in (ours, theirs):
@@ -229,7 +188,7 @@ def main() -> None:
     if options.data is None:
         parser.error("--data FOLDER is needed")
     requests, texts = read_requests(options.data, options.quick)
-    for shape in list(SHAPES)[: 1 if options.quick else None]:
+    for shape in CPU_SHAPES[: 1 if options.quick else None]:
         measure(shape, requests, texts, options)
 
 

@@ -9,31 +9,18 @@ checkpointing. Each run is a process of its own; they take turns. Memory is a pr
     python benchmarks/rollouts_vs_trl.py [--methods grpo rloo] [--quick] [--json]
 """
 
-import argparse
-import contextlib
 import json
-import logging
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-from figures import command_line, figure, show
+from figures import command_line
+from race import add_options, in_own_process, race
+from small_models import SHAPES, write_model
 
-SHAPE = {
-    "vocab_size": 4096,
-    "dim": 192,
-    "num_layers": 4,
-    "num_heads": 3,
-    "num_kv_heads": 3,
-    "head_dim": 64,
-    "hidden_dim": 512,
-}
+SHAPE = "3M, 4k vocabulary"
 PROMPTS, SAMPLES, ANSWER, ROW_LENGTH = 4, 8, 64, 256
 WARM_UP = 1
 """Steps that are not timed."""
@@ -42,30 +29,14 @@ WORDS = "the llama walks over the high plateau while its herd of Lima eats hay a
 
 def prepare(folder: Path) -> None:
     """The model directory that both sides load, and prompts of 96 tokens or so."""
-    import torch
-
-    from puna.model.config import LlamaConfig
-    from puna.model.initialize import initialize
-    from puna.model.transformer import Transformer
     from puna.runtime.files import write_jsonl
-    from puna.tokenizer.chat_template import builtin_template
-    from puna.tokenizer.load import load_tokenizer
-    from puna.tokenizer.train import TokenizerConfig
-    from puna.tokenizer.train import main as train_tokenizer
-    from puna.weights.load import save_model
 
     texts = [f"{number}: {WORDS} {WORDS} {number * 7919}" for number in range(64)]
-    write_jsonl(folder / "texts.jsonl", ({"id": str(n), "text": text} for n, text in enumerate(texts)))
-    train_tokenizer(TokenizerConfig(documents=folder / "texts.jsonl", output=folder / "tokenizer", vocab_size=300))
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    tokenizer.chat_template = builtin_template("llama3")
-    model = Transformer(LlamaConfig(**SHAPE, context_length=ROW_LENGTH))
-    initialize(model, 0)
-    save_model(model, folder / "model", tokenizer=tokenizer, dtype=torch.float32)
+    write_model(SHAPES[SHAPE], texts, ROW_LENGTH, folder, num_tokens=300)
     write_jsonl(folder / "prompts.jsonl", ({"prompt": [{"role": "user", "content": text}]} for text in texts))
 
 
-def run_puna(method: str, folder: Path, steps: int) -> float:
+def run_puna(method: str, folder: Path, output: Path, steps: int, device: str) -> float:
     """Tokens per second of `puna reinforce`, by the clock around its rollouts."""
     from puna.align.reinforce.config import ReinforceConfig
     from puna.align.reinforce.main import main as reinforce
@@ -77,7 +48,7 @@ def run_puna(method: str, folder: Path, steps: int) -> float:
     settings = [
         f"model={folder / 'model'}",
         f"prompts={folder / 'prompts.jsonl'}",
-        f"output={folder / f'puna-{method}'}",
+        f"output={output / 'run'}",
         'rewards=[{kind = "regex", pattern = "a"}]',
         f"prompts_per_rollout={PROMPTS}",
         f"sampling.max_tokens={ANSWER}",
@@ -90,14 +61,14 @@ def run_puna(method: str, folder: Path, steps: int) -> float:
         f"train.batch_rows={PROMPTS * SAMPLES}",
         f"train.micro_batch_rows={PROMPTS * SAMPLES}",
         f"train.row_length={ROW_LENGTH}",
-        "train.device=cpu",
+        f"train.device={device}",
         "train.tensorboard=false",
         "train.optimizer.learning_rate=1e-5",
         "train.schedule.kind=constant",
         "train.schedule.warmup_steps=0",
     ]
     reinforce(load_config(ReinforceConfig, None, settings))
-    points = read_metrics(folder / f"puna-{method}" / "metrics.jsonl")[WARM_UP:]
+    points = read_metrics(output / "run" / "metrics.jsonl")[WARM_UP:]
     tokenizer = load_tokenizer(folder / "model")
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     prompt = statistics.mean(len(render_chat(tokenizer, row["prompt"], add_generation_prompt=True).ids) for row in rows)
@@ -106,7 +77,7 @@ def run_puna(method: str, folder: Path, steps: int) -> float:
     return len(points) * PROMPTS * SAMPLES * (prompt + ANSWER) / seconds
 
 
-def run_trl(method: str, folder: Path, steps: int) -> float:
+def run_trl(method: str, folder: Path, output: Path, steps: int, device: str) -> float:
     """Tokens per second of trl's trainer from the end of the last step of warm-up on."""
     import torch
     import trl
@@ -115,7 +86,7 @@ def run_trl(method: str, folder: Path, steps: int) -> float:
 
     arguments, build = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[method]
     config = arguments(
-        output_dir=str(folder / f"trl-{method}"),
+        output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=PROMPTS * SAMPLES,
         num_generations=SAMPLES,
@@ -125,7 +96,7 @@ def run_trl(method: str, folder: Path, steps: int) -> float:
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=False,
         activation_checkpointing=False,
         logging_strategy="no",
@@ -165,51 +136,22 @@ def run_trl(method: str, folder: Path, steps: int) -> float:
     return (steps - WARM_UP) * PROMPTS * SAMPLES * (prompt + ANSWER) / seconds
 
 
-def measure(side: str, method: str, folder: Path, steps: int) -> dict[str, float]:
-    """One side in this process."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    speed = {"puna": run_puna, "trl": run_trl}[side](method, folder, WARM_UP + steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-    return {"speed": speed, "megabytes": peak}
-
-
-def compare(arguments: argparse.Namespace, method: str) -> None:
-    """Both sides in turn."""
-    rounds, steps = (1, 2) if arguments.quick else (3, 8)
-    found: dict[str, list[dict[str, float]]] = {"puna": [], "trl": []}
-    for _ in range(rounds):
-        for side, runs in found.items():
-            with tempfile.TemporaryDirectory() as folder:
-                prepare(Path(folder))
-                command = [sys.executable, __file__, "--side", side, "--folder", folder, "--steps", str(steps)]
-                done = subprocess.run([*command, "--methods", method], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{side} failed: {done.stderr[-2000:]}")
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-    ours, theirs = found.values()
-    ratio = statistics.median(one["speed"] / other["speed"] for one, other in zip(ours, theirs, strict=True))
-    speeds = [statistics.median(run["speed"] for run in side) for side in (ours, theirs)]
-    title = f"{method.upper()}, 3M, {PROMPTS} prompts x {SAMPLES} answers of {ANSWER} tokens: puna / trl"
-    show(figure(title, *speeds, "tokens/s", ratio=ratio), arguments.json)
-    peaks = [max(run["megabytes"] for run in side) for side in (ours, theirs)]
-    show(figure(f"{title}, peak memory", *peaks, "MB", less_is_better=True), arguments.json)
-
-
 def main() -> None:
     parser = command_line(__doc__, "GRPO only, once, two steps: under 50 s")
     parser.add_argument("--methods", nargs="*", choices=["grpo", "rloo"], default=["grpo", "rloo"])
-    for name, kind in (("--side", str), ("--folder", Path), ("--steps", int)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    add_options(parser)
     arguments = parser.parse_args()
-    if arguments.side:
-        # What training says goes to the other stream; the figures are all that is read.
-        with contextlib.redirect_stdout(sys.stderr):
-            found = measure(arguments.side, arguments.methods[0], arguments.folder, arguments.steps)
-        print(json.dumps(found))
+    if arguments.variant:
+        side, method = arguments.variant.split()
+        run, steps, device = {"puna": run_puna, "trl": run_trl}[side], WARM_UP + arguments.steps, arguments.device
+        with tempfile.TemporaryDirectory() as output:
+            in_own_process(lambda: run(method, arguments.folder, Path(output), steps, device), device)
         return
     for method in arguments.methods[:1] if arguments.quick else arguments.methods:
-        compare(arguments, method)
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder))
+            title = f"{SHAPE}, {PROMPTS} prompts x {SAMPLES} answers of {ANSWER} tokens"
+            race(__file__, title, [f"puna {method}"], [f"trl {method}"], folder, arguments)
 
 
 if __name__ == "__main__":

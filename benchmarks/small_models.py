@@ -22,6 +22,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 64,
         "hidden_dim": 1024,
     },
+    "100M, 20k vocabulary": {
+        "vocab_size": 20000,
+        "dim": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "hidden_dim": 2048,
+    },
     "1B, 8k vocabulary": {
         "vocab_size": 8192,
         "dim": 2048,
@@ -35,8 +44,14 @@ SHAPES: dict[str, dict[str, int]] = {
 CPU_SHAPES, GPU_SHAPES = ("3M, 4k vocabulary", "15M, 8k vocabulary"), ("1B, 8k vocabulary",)
 
 
-def write_model(shape: dict[str, int], texts: Iterable[str], context_length: int, folder: Path) -> None:
-    """Write `folder`/model, which answers in Llama 3's chat format."""
+def write_model(
+    shape: dict[str, int], texts: Iterable[str], context_length: int, folder: Path, num_tokens: int | None = None
+) -> None:
+    """Write `folder`/model, which answers in Llama 3's chat format.
+
+    Args:
+        num_tokens: of the tokenizer; absent, as many as the model has.
+    """
     import torch
 
     from puna.model.config import LlamaConfig
@@ -50,8 +65,8 @@ def write_model(shape: dict[str, int], texts: Iterable[str], context_length: int
     from puna.weights.load import save_model
 
     write_jsonl(folder / "texts.jsonl", ({"id": str(number), "text": text} for number, text in enumerate(texts)))
-    settings = {"documents": folder / "texts.jsonl", "output": folder / "tokenizer", "vocab_size": shape["vocab_size"]}
-    train_tokenizer(TokenizerConfig(**settings))
+    size = num_tokens or shape["vocab_size"]
+    train_tokenizer(TokenizerConfig(documents=folder / "texts.jsonl", output=folder / "tokenizer", vocab_size=size))
     tokenizer = load_tokenizer(folder / "tokenizer")
     tokenizer.chat_template = builtin_template("llama3")
     model = Transformer(LlamaConfig(**shape, context_length=context_length))

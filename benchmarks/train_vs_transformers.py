@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from figures import command_line, figure, show
+from small_models import SHAPES as SMALL_SHAPES
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Pretraining rows for a model of five million parameters with a small vocabulary.
@@ -67,15 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     # Fine-tuning on short conversations, as the quickstart does: the other side pads them to the longest of the batch.
     "conversations, 3M, 4k vocabulary": {
-        "model": {
-            "vocab_size": 4096,
-            "dim": 192,
-            "num_layers": 4,
-            "num_heads": 3,
-            "num_kv_heads": 3,
-            "head_dim": 64,
-            "hidden_dim": 512,
-        },
+        "model": SMALL_SHAPES["3M, 4k vocabulary"],
         "conversations": 96,
         "row_length": 512,
     },

@@ -22,7 +22,7 @@ from puna.batches.preferences import Messages, read_prompts
 from puna.batches.tables import read_table
 from puna.config import to_plain
 from puna.infer.config import EngineConfig
-from puna.infer.draw import draw_answers
+from puna.infer.draw import check_sampling, draw_answers
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.devices import open_device
@@ -79,8 +79,7 @@ class DistilContextConfig:
             raise ValueError("samples has to be at least 1; max_prompts and temperature cannot be negative.")
         if self.reward is None and (self.samples > 1 or self.least_gain):
             raise ValueError("samples above 1 and least_gain need a reward model to choose by: set reward.")
-        if self.sampling.temperature != 1.0 or self.sampling.seed is not None:
-            raise ValueError("Set temperature and seed instead of sampling.temperature and sampling.seed.")
+        check_sampling(self.sampling, "temperature")
 
 
 @dataclass(frozen=True, slots=True)

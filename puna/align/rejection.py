@@ -13,7 +13,7 @@ from puna.align.scoring import answer_rewards, open_reward_model
 from puna.batches.preferences import Messages, read_prompts
 from puna.config import to_plain
 from puna.infer.config import EngineConfig
-from puna.infer.draw import draw_answers
+from puna.infer.draw import check_sampling, draw_answers
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.devices import open_device
@@ -56,8 +56,7 @@ class RejectConfig:
             raise ValueError("samples has to be at least 1, temperatures cannot be empty, max_prompts not negative.")
         if min(self.temperatures) <= 0:
             raise ValueError(f"temperatures are {self.temperatures}; they have to be above 0, for answers to differ.")
-        if self.sampling.temperature != 1.0 or self.sampling.seed is not None:
-            raise ValueError("Set temperatures and seed instead of sampling.temperature and sampling.seed.")
+        check_sampling(self.sampling)
 
 
 @dataclass(frozen=True, slots=True)

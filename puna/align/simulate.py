@@ -17,7 +17,7 @@ from puna.align.raters import RATERS, Rater
 from puna.batches.preferences import STRENGTHS, Messages, read_prompts
 from puna.config import Kinds, to_plain
 from puna.infer.config import EngineConfig
-from puna.infer.draw import draw_answers
+from puna.infer.draw import check_sampling, draw_answers
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.errors import InputError
@@ -70,8 +70,7 @@ class SimulateConfig:
             raise ValueError("temperatures and noise cannot be negative.")
         if list(self.levels) != sorted(self.levels) or self.levels[0] < 0:
             raise ValueError(f"levels are {self.levels}; they have to rise, from 0 at least.")
-        if self.sampling.temperature != 1.0 or self.sampling.seed is not None:
-            raise ValueError("Set temperatures and seed instead of sampling.temperature and sampling.seed.")
+        check_sampling(self.sampling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,19 @@ class Drawn:
     """It ended by itself, and not because there was no more room."""
 
 
+def check_sampling(sampling: SamplingParams, temperature: str = "temperatures") -> None:
+    """Refuse what `draw_answers` would replace, so that no setting is ignored.
+
+    Args:
+        temperature: the setting that says it instead.
+
+    Raises:
+        ValueError: names what to set.
+    """
+    if sampling.temperature != 1.0 or sampling.seed is not None:
+        raise ValueError(f"Set {temperature} and seed instead of sampling.temperature and sampling.seed.")
+
+
 def draw_answers(
     engine: Engine,
     prompts: Sequence[Messages],

@@ -1,5 +1,6 @@
 """Tasks of one's own, from a local file and ten lines of TOML."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,9 +49,9 @@ class CustomTask(Task):
         """The rows of `shots_file`."""
         return None if self.shots_file is None else [self.example(row) for row in read_rows(self.shots_file)]
 
+    @abstractmethod
     def example(self, row: Row) -> Example:
         """What a row says."""
-        raise NotImplementedError
 
     def finish(self, row: Row, target: str, choices: tuple[str, ...] = (), gold: int = -1) -> Example:
         """The example of a row, but for what its kind makes of it."""

@@ -1,5 +1,6 @@
 """Questions answered by the letter of an answer, as in MMLU: what its family shares."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,9 +25,9 @@ class AnswerLetter(MultipleChoice):
     questions: ClassVar[str]
     answer_cue: ClassVar[str]
 
+    @abstractmethod
     def rows(self, text: str, name: str) -> Iterator[Row]:
         """The rows of one file, with columns question, A, B, C, D and answer."""
-        raise NotImplementedError
 
     def read(self, data: Path | None) -> list[Example]:
         """Questions by subject."""
