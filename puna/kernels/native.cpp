@@ -83,7 +83,10 @@ namespace avx512 {
 #include "vector.inl"
 #include "attention.inl"
 #include "cross_entropy.inl"
+#include "layers.inl"
 #include "integers.inl"
+#include "inner.inl"
+#include "panels.inl"
 #include "floats.inl"
 #include "decoder.inl"
 #undef WIDTH
@@ -96,7 +99,10 @@ namespace avx2 {
 #include "vector.inl"
 #include "attention.inl"
 #include "cross_entropy.inl"
+#include "layers.inl"
 #include "integers.inl"
+#include "inner.inl"
+#include "panels.inl"
 #include "floats.inl"
 #include "decoder.inl"
 #undef WIDTH
@@ -108,7 +114,10 @@ namespace portable {
 #include "vector.inl"
 #include "attention.inl"
 #include "cross_entropy.inl"
+#include "layers.inl"
 #include "integers.inl"
+#include "inner.inl"
+#include "panels.inl"
 #include "floats.inl"
 #include "decoder.inl"
 #undef WIDTH
@@ -162,6 +171,48 @@ void puna_cross_entropy(int level, float *logits, long rows, long vocabulary, co
     if (level == AVX2) return avx2::cross_entropy(logits, rows, vocabulary, labels, losses);
 #endif
     portable::cross_entropy(logits, rows, vocabulary, labels, losses);
+}
+
+void puna_norm_forward(int level, const float *x, const float *weight, long rows, long size, float eps, float *y, float *inverse) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::norm_forward(x, weight, rows, size, eps, y, inverse);
+    if (level == AVX2) return avx2::norm_forward(x, weight, rows, size, eps, y, inverse);
+#endif
+    portable::norm_forward(x, weight, rows, size, eps, y, inverse);
+}
+
+void puna_norm_backward(int level, const float *x, const float *weight, const float *inverse, const float *y_grad, long rows,
+                        long size, long parts, float *x_grad, float *weight_grads) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::norm_backward(x, weight, inverse, y_grad, rows, size, parts, x_grad, weight_grads);
+    if (level == AVX2) return avx2::norm_backward(x, weight, inverse, y_grad, rows, size, parts, x_grad, weight_grads);
+#endif
+    portable::norm_backward(x, weight, inverse, y_grad, rows, size, parts, x_grad, weight_grads);
+}
+
+void puna_swiglu_forward(int level, const float *joint, long rows, long size, float *y) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::swiglu_forward(joint, rows, size, y);
+    if (level == AVX2) return avx2::swiglu_forward(joint, rows, size, y);
+#endif
+    portable::swiglu_forward(joint, rows, size, y);
+}
+
+void puna_swiglu_backward(int level, const float *joint, const float *y_grad, long rows, long size, float *joint_grad) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::swiglu_backward(joint, y_grad, rows, size, joint_grad);
+    if (level == AVX2) return avx2::swiglu_backward(joint, y_grad, rows, size, joint_grad);
+#endif
+    portable::swiglu_backward(joint, y_grad, rows, size, joint_grad);
+}
+
+void puna_rotate(int level, const float *x, long x_row, const float *cosines, const float *sines, long tokens, long heads,
+                 long size, int back, float *y) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::rotate(x, x_row, cosines, sines, tokens, heads, size, back, y);
+    if (level == AVX2) return avx2::rotate(x, x_row, cosines, sines, tokens, heads, size, back, y);
+#endif
+    portable::rotate(x, x_row, cosines, sines, tokens, heads, size, back, y);
 }
 
 void puna_multiply(int level, const Map *map, const float *x, long rows, float *y) {

@@ -38,7 +38,7 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
     One by one where a weight is sharded, hooked or of another class, such as an adapter's; and where nothing is
     trained, because every step would copy the weights.
     """
-    joined = torch.is_grad_enabled() and all(_is_plain(part) for part in maps)
+    joined = torch.is_grad_enabled() and are_plain(*maps)
     if not joined or len({part.bias is None for part in maps}) > 1:
         return tuple(part(x) for part in maps)
     linears = cast(tuple[Linear, ...], maps)
@@ -48,9 +48,14 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
     return torch.split(F.linear(x, weight, bias), [part.out_features for part in linears], dim=-1)
 
 
-def _is_plain(part: nn.Module) -> bool:
-    hooked = part._forward_hooks or part._forward_pre_hooks
-    return type(part) is Linear and type(part.weight) is nn.Parameter and not hooked
+def are_plain(*maps: nn.Module) -> bool:
+    """Whether a product with the weights is all that calling each of them does."""
+    return all(
+        type(part) is Linear
+        and type(part.weight) is nn.Parameter
+        and not (part._forward_hooks or part._forward_pre_hooks)
+        for part in maps
+    )
 
 
 class RMSNorm(nn.Module):
@@ -87,10 +92,14 @@ class Attention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim))  # type: ignore[no-untyped-call]
             for part in project(x_BTD, self.query, self.key, self.value)
         )
-        q_BTHK = rotate(self.query_norm(q_BTHK), rotation)
-        k_BTGK = rotate(self.key_norm(k_BTGK), rotation)
+        q_BTHK = self.rotate(self.query_norm(q_BTHK), rotation)
+        k_BTGK = self.rotate(self.key_norm(k_BTGK), rotation)
         o_BTHK = attend(self.layer, q_BTHK, k_BTGK, v_BTGK)
         return self.output(o_BTHK.flatten(-2))  # type: ignore[no-any-return]
+
+    def rotate(self, x_BTHK: Tensor, rotation: Rotation) -> Tensor:
+        """`puna.model.rope.rotate`; here so that a faster one can take its place."""
+        return rotate(x_BTHK, rotation)
 
 
 class FeedForward(nn.Module):

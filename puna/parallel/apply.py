@@ -21,6 +21,17 @@ from puna.parallel.tensor import shard_tensors
 from puna.runtime.errors import InputError
 
 
+def compile_layers(model: Transformer) -> None:
+    """Compile each layer with torch.compile, once for all of them.
+
+    Layers differ in their number alone. The compiler would take it for a constant, compile every layer anew, and give
+    up at the ninth, which then runs as it is written.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    for layer in model.layers:
+        layer.compile()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
     """What one optimiser step works on, all processes together."""
@@ -116,8 +127,7 @@ def parallelize(
         use_float8(model, device)
     checkpoint_activations(model, config)
     if compile:
-        for layer in model.layers:
-            layer.compile()
+        compile_layers(model)
     if mesh.size("context") > 1:
         for part in [stage.model for stage in stages] or [model]:
             gather_context(part, mesh.axis("context"))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from puna.batches.packing import EpochRows, Rows, TokenBatch
+from puna.kernels.layers import use_native_layers
 from puna.model.accounting import training_flops_per_token
 from puna.model.transformer import Transformer
 from puna.parallel.apply import Layout, StepShape, parallelize
@@ -333,6 +334,8 @@ def prepare(model: Transformer, config: TrainConfig, device: torch.device, mesh:
     """Apply what training changes about a model from outside: precision, then what `parallelize` does."""
     model.train()
     model.compute_dtype = None if config.precision == "fp32" else torch.bfloat16
+    if not config.compile:
+        use_native_layers(model)  # a compiler fuses the same parts, and cannot see into these
     return parallelize(
         model,
         config.parallel,

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puna.model.attend import DocumentAttend
 from puna.model.transformer import Transformer
-from puna.parallel.apply import Layout, StepShape, check
+from puna.parallel.apply import Layout, StepShape, check, compile_layers
 from puna.parallel.config import ParallelConfig
 from puna.parallel.context import own_chunks, own_positions
 from puna.parallel.float8 import use_float8
@@ -141,6 +142,30 @@ def test_full_activation_checkpointing_keeps_less(workers: ModuleType) -> None:
 
 
 CPU = torch.device("cpu")
+
+
+def test_the_compiler_takes_all_layers_for_one(workers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        frames.append(graph)
+        return graph.forward
+
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_with(module, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", False)
+    torch._dynamo.reset()
+    model = Transformer(replace(workers.MODEL, num_layers=12))
+    workers.initialize(model, 0)
+    ids_BT = torch.zeros(2, 16, dtype=torch.int64)
+    attend = DocumentAttend(ids_BT)  # opaque to the compiler, which has to hand it the layer's number
+    with torch.no_grad():
+        expected = model(ids_BT, attend=attend)
+        compile_layers(model)
+        torch.testing.assert_close(model(ids_BT, attend=attend), expected)
+    # The layer, its attention and what comes after, each at most twice: for the first, and with the number left open.
+    assert len(frames) <= 6
+    torch._dynamo.reset()
 
 
 def test_settings_that_need_more_than_this_machine_are_refused(workers: ModuleType) -> None:
