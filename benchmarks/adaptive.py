@@ -5,6 +5,9 @@ Both models have the same shape; every second layer of the other lets an eighth 
 library; one file in twenty is held out. The held-out loss and the seconds are those of inference, where the predictor
 decides. FLOPs are those of the matrix products (`puna.model.accounting`), with the share of tokens that passed.
 
+Generation is that of the engine, from its cache, where the plain model's layers go through the native kernels and the
+gated one's through torch; and without a cache, where both go through torch.
+
     python benchmarks/adaptive.py [--quick] [--json]
 """
 
@@ -21,6 +24,9 @@ from figures import Figure, command_line, figure, show
 
 from puna.batches.tokenize import TokenizeConfig
 from puna.batches.tokenize import main as tokenize
+from puna.infer.config import EngineConfig
+from puna.infer.engine import Engine
+from puna.infer.sampling import SamplingParams
 from puna.model.accounting import forward_flops_per_token
 from puna.model.config import LlamaConfig
 from puna.model.depths import GatedLayer
@@ -30,6 +36,7 @@ from puna.pretrain.main import main as pretrain
 from puna.runtime.devices import open_device
 from puna.runtime.files import write_jsonl
 from puna.runtime.manifest import Manifest
+from puna.tokenizer.load import load_tokenizer
 from puna.tokenizer.train import TokenizerConfig
 from puna.tokenizer.train import main as train_tokenizer
 from puna.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -46,6 +53,8 @@ SHAPE = LlamaConfig(
     hidden_dim=512,
     context_length=ROW_LENGTH,
 )
+PROMPT, ANSWER = 128, 64
+TEXTS_AT_ONCE = (1, 8)
 DEPTHS = MixtureOfDepths(every=2, capacity=0.125)
 
 
@@ -59,7 +68,8 @@ class Measured:
     passed_share: float
     inference_flops_per_token: float
     scoring_seconds_per_1000_tokens: float
-    generation_seconds_per_token: float
+    uncached_seconds_per_token: float
+    engine_seconds_per_token: dict[int, float]
 
 
 def flops_per_token(gated_layers: int, share: float) -> float:
@@ -118,7 +128,7 @@ def measure(folder: Path, name: str, depths: MixtureOfDepths | None, steps: int,
     model = load_model(folder / name / "model")
     gated = [layer for layer in model.layers if isinstance(layer, GatedLayer)]
     open_device("cpu")
-    scoring, generating, share = run(model, gated, repeats)
+    scoring, uncached, share = run(model, gated, repeats)
     training_share = DEPTHS.capacity if gated else 1.0
     return Measured(
         steps=steps,
@@ -127,8 +137,32 @@ def measure(folder: Path, name: str, depths: MixtureOfDepths | None, steps: int,
         passed_share=share,
         inference_flops_per_token=flops_per_token(len(gated), share),
         scoring_seconds_per_1000_tokens=scoring,
-        generation_seconds_per_token=generating,
+        uncached_seconds_per_token=uncached,
+        engine_seconds_per_token=generate(model, folder / name / "model", repeats),
     )
+
+
+def generate(model: Transformer, directory: Path, repeats: int) -> dict[int, float]:
+    """Seconds a step of the engine takes, by how many texts go on in it, each with a prompt found in the cache."""
+    seconds = {}
+    engine = Engine(model, load_tokenizer(directory), EngineConfig(max_rows=max(TEXTS_AT_ONCE)))
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randint(300, SHAPE.vocab_size, (max(TEXTS_AT_ONCE), 1), generator=generator)
+    own = SamplingParams(max_tokens=PROMPT - 1, seed=0, ignore_eos=True)
+    prompts = [
+        [*ids, *done.ids] for ids, done in zip(start.tolist(), engine.generate(start.tolist(), own), strict=True)
+    ]
+    for count in TEXTS_AT_ONCE:
+
+        def run(max_tokens: int, count: int = count) -> float:
+            params = SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=True)
+            started = time.perf_counter()
+            engine.generate(prompts[:count], params)
+            return time.perf_counter() - started
+
+        run(1)
+        seconds[count] = statistics.median((run(ANSWER + 1) - run(1)) / ANSWER for _ in range(repeats))
+    return seconds
 
 
 @torch.inference_mode()
@@ -147,7 +181,7 @@ def run(model: Transformer, gated: list[GatedLayer], repeats: int) -> tuple[floa
         model(row)
         scoring.append((time.perf_counter() - started) / row.numel() * 1000)
     share = statistics.mean(layer.passed_share for layer in gated) if gated else 1.0
-    prompt = row[:1, :128]
+    prompt = row[:1, :PROMPT]
     for _ in range(repeats):
         started = time.perf_counter()
         grown = torch.cat([prompt, model(prompt)[:, -1:].argmax(-1)], 1)
@@ -170,13 +204,16 @@ def figures_of(gated: Measured, plain: Measured) -> Iterator[Figure]:
     yield beside("inference", ours, theirs, "FLOP/token", passed_share=gated.passed_share)
     ours, theirs = gated.scoring_seconds_per_1000_tokens, plain.scoring_seconds_per_1000_tokens
     yield beside("scoring", ours * 1e3, theirs * 1e3, "µs/token")
-    ours, theirs = gated.generation_seconds_per_token, plain.generation_seconds_per_token
+    for count in TEXTS_AT_ONCE:
+        ours, theirs = gated.engine_seconds_per_token[count], plain.engine_seconds_per_token[count]
+        yield beside(f"generation by the engine, {count} at once", ours * 1e3, theirs * 1e3, "ms/step")
+    ours, theirs = gated.uncached_seconds_per_token, plain.uncached_seconds_per_token
     yield beside("generation without a cache", ours * 1e3, theirs * 1e3, "ms/token")
 
 
 def main() -> None:
     arguments = command_line(__doc__, "little text and few steps: about a minute").parse_args()
-    steps, megabytes, repeats = (30, 0.5, 5) if arguments.quick else (600, 4.0, 21)
+    steps, megabytes, repeats = (30, 0.5, 5) if arguments.quick else (150, 4.0, 21)
     more = flops_per_token(0, 1.0) / flops_per_token(SHAPE.num_layers // DEPTHS.every, DEPTHS.capacity)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

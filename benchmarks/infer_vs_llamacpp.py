@@ -2,11 +2,13 @@
 
 The same random weights, the same bits, the same threads, in one run: int8 by channel beside Q8_0, and int4 in groups of
 32 beside Q4_0, embedding and output included on their side, the output on ours (an embedding is looked up, not
-multiplied). Both round activations to 8 bits: theirs in blocks of 32, ours token by token. transformers computes in
-bfloat16. Each side is a process of its own that loads the model from disk; they take turns, figure by figure, and the
-median of their ratios counts, so that a machine whose speed drifts hits all alike.
+multiplied); with --same-file, Puna reads llama.cpp's own file instead. Both round activations to 8 bits: theirs in
+blocks of 32, ours token by token. transformers computes in bfloat16. Each side is a process of its own that loads the
+model from disk; they take turns, figure by figure, and the median of their ratios counts, so that a machine whose speed
+drifts hits all alike.
 
-    python benchmarks/infer_vs_llamacpp.py [--quick] [--json] [--size 0.1B --size 1B] [--bits 4 --bits 8]
+    python benchmarks/infer_vs_llamacpp.py [--quick] [--json] [--size 0.1B --size 1B] [--bits 4 --bits 8] [--same-file]
+        [--beside llama.cpp --beside transformers]
 
 Needs the extra `dev`, and llama-cpp-python built on this machine: pip install --no-binary :all: llama-cpp-python, which
 takes some ten minutes and lets llama.cpp use all that this processor has.
@@ -66,6 +68,10 @@ def main() -> None:
         "--bits", action="append", type=int, choices=GGUF_TYPES, help="bits of a weight; both where absent"
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side for each figure")
+    parser.add_argument(
+        "--beside", action="append", choices=[side for side in WORKERS if side != "puna"], help="whom; all where absent"
+    )
+    parser.add_argument("--same-file", action="store_true", help="Puna runs llama.cpp's file, not a model of its own")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -73,23 +79,28 @@ def main() -> None:
         work(WORKERS[arguments.worker](arguments.model))
         return
     sizes = arguments.size or (["0.1B"] if arguments.quick else list(SHAPES))
+    beside = arguments.beside or ["llama.cpp", *([] if arguments.quick else ["transformers"])]
     for size in sizes:
         for bits in arguments.bits or list(GGUF_TYPES):
             with tempfile.TemporaryDirectory() as folder:
-                for found in compare(size, bits, Path(folder), arguments.quick, arguments.rounds):
+                weight_bytes = prepare(size, bits, Path(folder), beside, arguments.same_file)
+                tokens = 16 if arguments.quick else 64 if size == "0.1B" else 24
+                name = f"{size}, {bits} bits" + (", the same file" if arguments.same_file else "")
+                for found in compare(name, Path(folder), beside, tokens, arguments.rounds, weight_bytes):
                     show(found, arguments.json)
 
 
-def compare(size: str, bits: int, folder: Path, quick: bool, rounds: int) -> Iterator[Figure]:
-    """All figures of one model."""
-    name = f"{size}, {bits} bits"
-    weight_bytes = prepare(size, bits, folder, transformers=not quick)
-    sides = ["puna", "llama.cpp"] + ([] if quick else ["transformers"])
-    tokens = 16 if quick else 64 if size == "0.1B" else 24
-    tasks = [("decode", batch, tokens) for batch in (1, 8, 32)] + [("prefill", 512, 1)]
+def compare(
+    name: str, folder: Path, beside: list[str], tokens: int, rounds: int, weight_bytes: int
+) -> Iterator[Figure]:
+    """All figures of one model. One text gets `tokens`, and each of several fewer, as all together take longer."""
+    sides = ["puna", *beside]
+    tasks = [("decode", batch, max(8, tokens // part)) for batch, part in ((1, 1), (8, 2), (32, 4))]
+    tasks.append(("prefill", 512, 1))
     with Sides(sides, folder) as running:
         for kind, amount, count in tasks:
             speeds: dict[str, list[float]] = {side: [] for side in sides}
+            measured: list[float] = []
             for turn in range(rounds + 1):
                 for side in sides:
                     if side == "transformers" and (kind, amount) not in (("decode", 1), ("prefill", 512)):
@@ -97,18 +108,15 @@ def compare(size: str, bits: int, folder: Path, quick: bool, rounds: int) -> Ite
                     speed = running.ask(side, kind=kind, amount=amount, tokens=count, seed=turn)
                     if turn:  # the first one warms up
                         speeds[side].append(speed)
+                if turn and (kind, amount) == ("decode", 1):
+                    measured.append(bandwidth())
             what = f"decode, batch {amount}" if kind == "decode" else f"prefill of {amount}"
             for side in sides[1:]:
                 if speeds[side]:
-                    yield figure_of(
-                        f"{size}, {bits} bits, {what}: Puna / {side}", speeds["puna"], speeds[side], "tokens/s"
-                    )
-            if (kind, amount) == ("decode", 1):
+                    yield figure_of(f"{name}, {what}: Puna / {side}", speeds["puna"], speeds[side], "tokens/s")
+            if measured:
                 gigabytes = [speed * weight_bytes / 1e9 for speed in speeds["puna"]]
-                measured = [bandwidth() for _ in range(rounds)]
-                yield figure_of(
-                    f"{size}, {bits} bits, {what}: weights read / memory bandwidth", gigabytes, measured, "GB/s"
-                )
+                yield figure_of(f"{name}, {what}: weights read / memory bandwidth", gigabytes, measured, "GB/s")
         memory = {side: running.ask(side, kind="memory") for side in sides}
         for side in sides[1:]:
             what = f"{name}, peak memory: Puna / {side}"
@@ -134,11 +142,11 @@ def bandwidth() -> float:
     return matrix.nbytes / best / 1e9
 
 
-def prepare(size: str, bits: int, folder: Path, transformers: bool) -> int:
+def prepare(size: str, bits: int, folder: Path, beside: list[str], same_file: bool) -> int:
     """Write the model in all sides' forms; returns the bytes that ours reads for one token."""
     import torch
 
-    from puna.compress.apply import quantize
+    from puna.compress.apply import linear_names, quantize
     from puna.compress.quantization import Quantization
     from puna.model.config import LlamaConfig
     from puna.model.initialize import initialize
@@ -150,9 +158,15 @@ def prepare(size: str, bits: int, folder: Path, transformers: bool) -> int:
     initialize(model, seed=0)
     model.to(torch.bfloat16)
     tokenizer = vocabulary(model.config.vocab_size)
-    save_gguf(model, folder / "llama.cpp", type=GGUF_TYPES[bits], pure=True, tokenizer=tokenizer)
-    if transformers:
+    if same_file or "llama.cpp" in beside:
+        save_gguf(model, folder / "llama.cpp", type=GGUF_TYPES[bits], pure=True, tokenizer=tokenizer)
+    if "transformers" in beside:
         save_model(model, folder / "transformers")
+    if same_file:
+        (folder / "puna").mkdir()
+        (folder / "puna" / "model.gguf").symlink_to(folder / "llama.cpp")
+        maps = (model.get_submodule(name).get_parameter("weight") for name in linear_names(model))
+        return sum(weight.numel() * (bits * 32 + 32) // 256 for weight in maps)  # a float32 scale for 32 weights
     group_size = 32 if bits == 4 else None
     quantization = Quantization(f"int{bits}", group_size=group_size, activations="int8", keep=())
     quantize(model, quantization)

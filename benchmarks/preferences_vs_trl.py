@@ -65,7 +65,9 @@ def prepare(preferences: Path, folder: Path, model: Path, held_out: int, seed: i
         )
 
 
-def run_puna(task: str, model: Path, folder: Path, output: Path, steps: int, device: str, *more: str) -> Any:
+def run_puna(
+    task: str, model: Path, folder: Path, output: Path, steps: int, device: str, *more: str, rows: int = ROWS
+) -> Any:
     """Train as `puna reward` or `puna align` does; gives the manifest's results."""
     from puna.align.config import AlignConfig
     from puna.align.main import main as align
@@ -79,8 +81,8 @@ def run_puna(task: str, model: Path, folder: Path, output: Path, steps: int, dev
         f"preferences={folder / 'train.jsonl'}",
         f"output={output}",
         f"train.steps={steps}",
-        f"train.batch_rows={ROWS}",
-        f"train.micro_batch_rows={ROWS}",
+        f"train.batch_rows={rows}",
+        f"train.micro_batch_rows={rows}",
         f"train.row_length={ROW_LENGTH}",
         "train.log_every=1",
         "train.tensorboard=false",
@@ -114,6 +116,7 @@ def puna_speed(task: str, options: list[str], folder: Path, steps: int, device: 
             steps,
             device,
             f"train.precision={'bf16' if 'bf16' in options else 'fp32'}",
+            rows=int((folder / "rows_a_step").read_text()),
         )
         curve = read_metrics(output / "metrics.jsonl")[WARM_UP:]
         counted = TokenShards(output / "tokens" / "train").num_tokens / (pairs_and_rows(output)[1] * ROW_LENGTH)
@@ -246,10 +249,10 @@ def compare_quality(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = command_line(__doc__, "float32 and the other side's usual best, the first shape: under 50 s")
+    parser = command_line(__doc__, "float32 and the other side's usual best, fewer rows: under 50 s")
     preferences = Path("../shared/data/preference/hh_rlhf_harmless_base.jsonl.gz")
     parser.add_argument("--preferences", type=Path, default=preferences, help="in any form that `puna align` reads")
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="absent: the smallest of the device's")
     parser.add_argument("--tasks", nargs="*", choices=list(THEIRS), default=list(THEIRS))
     parser.add_argument("--model", type=Path, help="compare quality, from this model directory on, and not speed")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
@@ -265,8 +268,7 @@ def main() -> None:
     if arguments.model:
         compare_quality(arguments)
         return
-    shapes = arguments.shapes or (CPU_SHAPES if arguments.device == "cpu" else GPU_SHAPES)
-    for shape in shapes[:1] if arguments.quick else shapes:
+    for shape in arguments.shapes or (CPU_SHAPES if arguments.device == "cpu" else GPU_SHAPES)[:1]:
         with tempfile.TemporaryDirectory() as folder:
             compare_speed(arguments, shape, Path(folder))
 
@@ -283,17 +285,20 @@ def compare_speed(arguments: argparse.Namespace, shape: str, folder: Path) -> No
         if isinstance(each, Preference)
     )
     write_model(SHAPES[shape], texts, ROW_LENGTH, folder)
-    prepare(arguments.preferences, folder, folder / "model", 20, 0, most=70 if arguments.quick else 500)
+    on_cpu, quick = arguments.device == "cpu", arguments.quick
+    most, rows_a_step = (25, ROWS // 4) if quick else (110 if on_cpu else 500, ROWS)
+    prepare(arguments.preferences, folder, folder / "model", most // 6, 0, most=most)
     rows = open_rows(
         folder / "train.jsonl", folder / "rows", tokenizer=load_tokenizer(folder / "model"), row_length=ROW_LENGTH,
         seed=0, judged=False, formatting=True, leave_out=False, share_prompts=True,
     )  # fmt: skip
-    (folder / "pairs").write_text(str(round(ROWS * rows.num_groups / rows.rows_per_epoch)))
+    (folder / "rows_a_step").write_text(str(rows_a_step))
+    (folder / "pairs").write_text(str(round(rows_a_step * rows.num_groups / rows.rows_per_epoch)))
     for task in arguments.tasks:
         ours, theirs = ([f"{task} {name}" for name in names] for names in (OURS, THEIRS[task]))
-        if arguments.quick:
+        if quick:
             ours, theirs = ours[:1], theirs[:1]
-        race(__file__, f"{task}, {shape}", ours, theirs, str(folder), arguments)
+        race(__file__, f"{task}, {shape}", ours, theirs, str(folder), arguments, steps=3 if on_cpu else 12)
 
 
 if __name__ == "__main__":

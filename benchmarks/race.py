@@ -24,15 +24,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def race(
-    script: str, title: str, ours: Sequence[str], theirs: Sequence[str], folder: str, arguments: argparse.Namespace
+    script: str,
+    title: str,
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    folder: str,
+    arguments: argparse.Namespace,
+    steps: int = 12,
 ) -> None:
     """Every variant once, the fastest of each side twice more in turn; print both sides' speed and peak memory.
 
     Args:
         script: whose process `--variant NAME` runs `in_own_process`.
         folder: what both sides read.
+        steps: that are timed in each run, unless it is to be quick.
     """
-    rounds, steps = (1, 2) if arguments.quick else (3, 12)
+    rounds, steps = (1, 2) if arguments.quick else (3, steps)
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in (*ours, *theirs)}
     running = list(found)
     for _ in range(rounds):

@@ -137,7 +137,7 @@ def run_trl(method: str, folder: Path, output: Path, steps: int, device: str) ->
 
 
 def main() -> None:
-    parser = command_line(__doc__, "GRPO only, once, two steps: under 50 s")
+    parser = command_line(__doc__, "the first method only, once, two steps: under 50 s")
     parser.add_argument("--methods", nargs="*", choices=["grpo", "rloo"], default=["grpo", "rloo"])
     add_options(parser)
     arguments = parser.parse_args()
@@ -151,7 +151,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder))
             title = f"{SHAPE}, {PROMPTS} prompts x {SAMPLES} answers of {ANSWER} tokens"
-            race(__file__, title, [f"puna {method}"], [f"trl {method}"], folder, arguments)
+            steps = 5 if arguments.device == "cpu" else 12
+            race(__file__, title, [f"puna {method}"], [f"trl {method}"], folder, arguments, steps)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,18 @@ def attend_of(batch: TokenBatch) -> Attend:
     return document_attend(batch.documents_BT)
 
 
-def token_logprobs(model: Transformer, batch: TokenBatch) -> Tensor:
-    """Log-probability of each label, float32 [B, T]; 0 where there is none."""
+def token_logprobs(model: Transformer, batch: TokenBatch, attend: Attend | None = None) -> Tensor:
+    """Log-probability of each label, float32 [B, T]; 0 where there is none.
+
+    Args:
+        attend: what a token sees; absent, see `attend_of`.
+    """
 
     def head(h_BTD: Tensor, output: Linear) -> Tensor:
         logprobs = linear_logprobs(h_BTD.flatten(0, 1), output.weight, batch.labels_BT.flatten(), IGNORE)
         return logprobs.view_as(batch.labels_BT)
 
-    logprobs_BT: Tensor = model(batch.ids_BT, batch.positions_BT, attend_of(batch), head)
+    logprobs_BT: Tensor = model(batch.ids_BT, batch.positions_BT, attend or attend_of(batch), head)
     return logprobs_BT
 
 

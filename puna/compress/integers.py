@@ -16,10 +16,12 @@ _WIDTHS = torch.linspace(1.0, 0.7, 13).tolist()
 """Parts of the range of a group that are tried for its scale: cutting off the farthest may suit the others better."""
 
 
-def to_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of shape [N, K], and scales of shape [N, 1] in the weight's dtype; the farthest of a channel becomes 127."""
-    scale_N1 = _not_zero((weight_NK.abs().amax(1, keepdim=True).float() / 127).to(weight_NK.dtype))
-    return (weight_NK.float() / scale_N1.float()).round().clamp(-127, 127).to(torch.int8), scale_N1
+def to_int8(weight_NK: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """int8 of shape [N, K], and scales [N, G] in the weight's dtype; the farthest of a group becomes 127."""
+    values_NGS = weight_NK.view(len(weight_NK), -1, group_size)
+    scale_NG1 = _not_zero((values_NGS.abs().amax(2, keepdim=True).float() / 127).to(weight_NK.dtype))
+    quants_NGS = (values_NGS.float() / scale_NG1.float()).round().clamp(-127, 127).to(torch.int8)
+    return quants_NGS.view(weight_NK.shape), scale_NG1.squeeze(2)
 
 
 def to_int4(weight_NK: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:

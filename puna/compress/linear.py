@@ -24,7 +24,7 @@ class QuantizedLinear(nn.Module):
     Attributes:
         weight_int8: int8 [N, K]; with int8 only.
         weight_packed: int32 [N, K / 8], see `puna.compress.integers.pack`; with int4 only.
-        weight_scale: [N, G], in the dtype of the model; G is 1 with int8.
+        weight_scale: [N, G], in the dtype of the model; G is 1 with int8 by channel.
         weight_zero_point: int32 [ceil(N / 8), G], packed along the outputs; with int4 and zero points only.
         weight_shape: N and K; with int4 only.
         repacked: the weights in the order that a kernel wants, made when it first multiplies; never stored.
@@ -44,11 +44,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.quantization = in_features, out_features, quantization
         self.repacked: dict[str, Any] = {}
+        groups = in_features // (quantization.inputs_per_scale or in_features)
         if quantization.kind == "int8":
-            groups = 1
             self.register_buffer("weight_int8", torch.empty(out_features, in_features, dtype=torch.int8))
         else:
-            groups = in_features // (quantization.inputs_per_scale or in_features)
             self.register_buffer("weight_packed", torch.empty(out_features, in_features // 8, dtype=torch.int32))
             self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
             if not quantization.symmetric:
@@ -73,7 +72,7 @@ class QuantizedLinear(nn.Module):
         if linear.bias is not None and layer.bias is not None:
             layer.bias.copy_(linear.bias)
         if quantization.kind == "int8":
-            layer.weight_int8, layer.weight_scale = to_int8(weight)
+            layer.weight_int8, layer.weight_scale = to_int8(weight, quantization.inputs_per_scale or linear.in_features)
             return layer
         assert quantization.inputs_per_scale is not None
         quants_NK, layer.weight_scale, zeros_NG = to_int4(weight, quantization.inputs_per_scale, quantization.symmetric)

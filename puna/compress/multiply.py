@@ -110,14 +110,18 @@ def _few_bfloat16(x_MK: Tensor) -> bool:
     return x_MK.dtype is torch.bfloat16 and len(x_MK) <= _PACK_KERNEL_ROWS
 
 
+def _by_channel(layer: "QuantizedLinear") -> bool:
+    return layer.quantization.inputs_per_scale is None
+
+
 def _whole_tiles(layer: "QuantizedLinear") -> bool:
     return layer.out_features % 16 == 0
 
 
 WAYS = (
     Way(lambda x, layer: native_map(layer) is not None, _native_product),
-    Way(lambda x, layer: _on_cpu(x, layer, "int8", "int8"), _int8_product),
-    Way(lambda x, layer: _few_bfloat16(x) and _on_cpu(x, layer, "int8", "float"), _int8_packed),
+    Way(lambda x, layer: _on_cpu(x, layer, "int8", "int8") and _by_channel(layer), _int8_product),
+    Way(lambda x, layer: _few_bfloat16(x) and _on_cpu(x, layer, "int8", "float") and _by_channel(layer), _int8_packed),
     Way(lambda x, layer: _few_bfloat16(x) and _on_cpu(x, layer, "int4", "float") and _whole_tiles(layer), _int4_packed),
     Way(lambda x, layer: True, dequantized),
 )

@@ -12,7 +12,7 @@ from puna.runtime.errors import InputError
 
 QUANT_METHOD = "compressed-tensors"
 
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = {"int4": (32, 64, 128), "int8": (32,)}
 _DEFAULT_GROUP_SIZE = 64
 
 
@@ -21,9 +21,10 @@ class Quantization:
     """How weights are stored as integers, and what they are multiplied with."""
 
     kind: Literal["int8", "int4"] = "int8"
-    """int8: one scale for each output channel. int4: one scale for each group of a channel's inputs."""
+    """int8: one scale for each output channel, or for each group of 32 inputs. int4: one scale for each group."""
     group_size: int | None = None
-    """With int4: inputs that share a scale, 32, 64 or 128; absent is 64. Smaller is more exact and larger."""
+    """Inputs of a channel that share a scale. With int4: 32, 64 or 128; absent is 64. With int8: 32; absent is all of
+    them. Smaller is more exact and larger."""
     symmetric: bool = True
     """With int4: whether integers stand for scale * q; otherwise for scale * (q - zero point), which fits groups better
     that lie to one side of zero."""
@@ -35,17 +36,17 @@ class Quantization:
     all of the first layer. The embedding, the norms and the biases always stay."""
 
     def __post_init__(self) -> None:
-        if self.kind == "int8" and self.group_size is not None:
-            raise ValueError("group_size is for int4; int8 has one scale for each output channel.")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size is {self.group_size}; it has to be one of {GROUP_SIZES}.")
+        sizes = GROUP_SIZES[self.kind]
+        if self.group_size is not None and self.group_size not in sizes:
+            allowed = " or ".join(map(str, sizes))
+            raise ValueError(f"group_size is {self.group_size}; with {self.kind} it has to be {allowed}, or absent.")
         if self.kind == "int8" and not self.symmetric:
             raise ValueError("symmetric = false is for int4; int8 loses nothing by being symmetric.")
 
     @property
     def inputs_per_scale(self) -> int | None:
         """Inputs that share a scale; None for all of a channel's."""
-        return (self.group_size or _DEFAULT_GROUP_SIZE) if self.kind == "int4" else None
+        return self.group_size or (_DEFAULT_GROUP_SIZE if self.kind == "int4" else None)
 
     def to_config(self, kept: tuple[str, ...]) -> dict[str, Any]:
         """The `quantization_config` of a config.json.
@@ -57,7 +58,7 @@ class Quantization:
             "num_bits": 4 if self.kind == "int4" else 8,
             "type": "int",
             "symmetric": self.symmetric,
-            "strategy": "group" if self.kind == "int4" else "channel",
+            "strategy": "channel" if self.inputs_per_scale is None else "group",
             "group_size": self.inputs_per_scale,
             "dynamic": False,
         }
@@ -87,8 +88,8 @@ class Quantization:
         def refuse(what: str) -> InputError:
             return InputError(
                 f"{where}: its quantization_config has {what}, which Puna does not read. It reads compressed-tensors "
-                "with integers of 4 bits in groups of 32, 64 or 128 (pack-quantized), or of 8 bits by channel "
-                "(int-quantized)."
+                "with integers of 4 bits in groups of 32, 64 or 128 (pack-quantized), or of 8 bits by channel or in "
+                "groups of 32 (int-quantized)."
             )
 
         groups = values.get("config_groups")
@@ -110,7 +111,7 @@ class Quantization:
         try:
             return cls(
                 kind=kind,
-                group_size=weights.get("group_size") if kind == "int4" else None,
+                group_size=weights.get("group_size") if strategy == "group" else None,
                 symmetric=bool(weights.get("symmetric", True)),
                 activations="float" if inputs is None else "int8",
             )
@@ -118,7 +119,7 @@ class Quantization:
             raise InputError(f"{where}: {error}") from error
 
 
-_KINDS: dict[str, Literal["int8", "int4"]] = {"8 by channel": "int8", "4 by group": "int4"}
+_KINDS: dict[str, Literal["int8", "int4"]] = {"8 by channel": "int8", "8 by group": "int8", "4 by group": "int4"}
 
 _PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 

@@ -42,7 +42,7 @@ class ContaminationConfig:
     output: Path
     """Folder to write contamination.json and questions.jsonl to; replaced when it exists."""
     data: Path | None = None
-    """Folder of benchmark data."""
+    """Folder of benchmark data, or "hub:"; see `puna config evaluate`."""
     tokenizer: Path | None = None
     """Of the token shards; absent, where `puna tokenize` found it."""
     evaluation: Path | None = None

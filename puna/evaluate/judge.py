@@ -17,20 +17,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from puna.evaluate.harness.cache import AnswerCache
 from puna.infer.config import EngineConfig
 from puna.infer.load import load_engine
 from puna.infer.sampling import SamplingParams
 from puna.runtime.errors import InputError
+from puna.runtime.manifest import content_hash
 from puna.runtime.progress import progress
 from puna.runtime.seeds import derive_seed
 from puna.tokenizer.chat import render_chat
+from puna.weights.load import resolve
 
 Messages = Sequence[dict[str, Any]]
-Ask = Callable[[Sequence[Messages], float, int], list[str]]
-"""(conversations, temperature, seed) -> the judge's answer to each."""
 Verdict = TypeVar("Verdict")
 
 _ATTEMPTS = 3
+_AT_ONCE = 4
+"""Verdicts that are kept together, for each that is asked for at the same time."""
 _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 _WINNER = re.compile(r"\[\[([ABC])\]\]")
 
@@ -68,6 +71,21 @@ class JudgeConfig:
             raise ValueError(f"max_unreadable is {self.max_unreadable}; it has to be at least 0 and below 1.")
 
 
+@dataclass(frozen=True)
+class _Judge:
+    """One who can be asked.
+
+    Attributes:
+        identity: what tells its answers from those of others.
+        at_once: how many conversations it is asked about at the same time.
+        ask: (conversations, temperature, seeds, called when one is done) -> its answer to each.
+    """
+
+    identity: str
+    at_once: int
+    ask: Callable[[Sequence[Messages], float, Sequence[int], Callable[[], object]], list[str]]
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement(Generic[Verdict]):
     """What a judge says of one thing."""
@@ -79,7 +97,10 @@ class Judgement(Generic[Verdict]):
 
 
 def judge_all(
-    config: JudgeConfig, conversations: Sequence[Messages], read: Callable[[str], Verdict | None]
+    config: JudgeConfig,
+    conversations: Sequence[Messages],
+    read: Callable[[str], Verdict | None],
+    kept: Path | None = None,
 ) -> list[Judgement[Verdict]]:
     """The judge's verdict on each conversation.
 
@@ -88,18 +109,24 @@ def judge_all(
 
     Args:
         read: the verdict in the judge's words, or None where it is not there.
+        kept: file where its answers are kept (`AnswerCache`): what the same judge was asked once is not asked again,
+            and what was interrupted goes on.
 
     Raises:
         InputError: the judge cannot be asked, or more than `max_unreadable` of its verdicts cannot be read.
     """
-    ask = _open_server(config) if config.url is not None else _open_model(config)
+    judge = _open_server(config) if config.url is not None else _open_model(config)
+    cache = AnswerCache(kept or Path(":memory:"), judge.identity)
     found: dict[int, Judgement[Verdict]] = {}
     left = list(range(len(conversations)))
-    for attempt in range(_ATTEMPTS):
-        if left:
-            texts = ask([conversations[place] for place in left], 0.7 if attempt else 0.0, attempt)
-            found |= {place: Judgement(read(text), text) for place, text in zip(left, texts, strict=True)}
-            left = [place for place in left if found[place].verdict is None]
+    try:
+        for attempt in range(_ATTEMPTS):
+            if left:
+                texts = _ask(judge, cache, [conversations[place] for place in left], config.max_tokens, attempt)
+                found |= {place: Judgement(read(text), text) for place, text in zip(left, texts, strict=True)}
+                left = [place for place in left if found[place].verdict is None]
+    finally:
+        cache.close()
     if len(left) > config.max_unreadable * len(conversations):
         raise InputError(
             f"{len(left)} of {len(conversations)} verdicts of the judge {config.model or config.url} cannot be read, "
@@ -139,32 +166,55 @@ def win_of_first(
     return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((ours_first, theirs_first), 0.5)
 
 
-def _open_model(config: JudgeConfig) -> Ask:
+def _ask(
+    judge: _Judge, cache: AnswerCache, conversations: Sequence[Messages], max_tokens: int, attempt: int
+) -> list[str]:
+    """Its answers, as many of them from the cache as are known. One that is drawn depends on what is asked alone."""
+    temperature = 0.7 if attempt else 0.0
+    keys = [cache.key("verdict", list(messages), max_tokens, temperature, attempt) for messages in conversations]
+    known = cache.get(keys)
+    asked = {key: messages for key, messages in zip(keys, conversations, strict=True) if key not in known}
+    left = list(asked)
+    with progress("Judging", total=len(left)) as advance:
+        for start in range(0, len(left), judge.at_once):
+            slab = left[start : start + judge.at_once]
+            seeds = [derive_seed("judge", attempt, key.hex()) for key in slab]
+            texts = judge.ask([asked[key] for key in slab], temperature, seeds, advance)
+            answers = dict(zip(slab, texts, strict=True))
+            cache.put(answers)
+            known |= answers
+    return [known[key] for key in keys]
+
+
+def _open_model(config: JudgeConfig) -> _Judge:
     assert config.model is not None
     engine = load_engine(config.model, config.engine)
+    device = engine.pool.keys[0].device.type
+    identity = " ".join([content_hash(resolve(config.model)), device, config.engine.dtype, config.engine.cache_dtype])
 
-    def ask(conversations: Sequence[Messages], temperature: float, seed: int) -> list[str]:
+    def ask(
+        conversations: Sequence[Messages], temperature: float, seeds: Sequence[int], finished: Callable[[], object]
+    ) -> list[str]:
         prompts = [render_chat(engine.tokenizer, list(own), add_generation_prompt=True).ids for own in conversations]
-        params = [
-            SamplingParams(max_tokens=config.max_tokens, temperature=temperature, seed=derive_seed("judge", seed, n))
-            for n in range(len(prompts))
-        ]
-        with progress("Judging", total=len(prompts)) as advance:
-            return [found.text for found in engine.generate(prompts, params, new_text=True, finished=advance)]
+        params = [SamplingParams(max_tokens=config.max_tokens, temperature=temperature, seed=seed) for seed in seeds]
+        engine.forget_prefixes()
+        return [found.text for found in engine.generate(prompts, params, new_text=True, finished=finished)]
 
-    return ask
+    return _Judge(identity, _AT_ONCE * engine.max_rows, ask)
 
 
-def _open_server(config: JudgeConfig) -> Ask:
-    def ask(conversations: Sequence[Messages], temperature: float, seed: int) -> list[str]:
-        with progress("Judging", total=len(conversations)) as advance, ThreadPoolExecutor(config.parallel) as pool:
+def _open_server(config: JudgeConfig) -> _Judge:
+    def ask(
+        conversations: Sequence[Messages], temperature: float, seeds: Sequence[int], finished: Callable[[], object]
+    ) -> list[str]:
+        with ThreadPoolExecutor(config.parallel) as pool:
             found = []
-            for text in pool.map(partial(_post, config, temperature, seed), conversations):
+            for text in pool.map(partial(_post, config, temperature), seeds, conversations):
                 found.append(text)
-                advance()
+                finished()
             return found
 
-    return ask
+    return _Judge(f"{config.url} {config.name}", _AT_ONCE * config.parallel, ask)
 
 
 def _post(config: JudgeConfig, temperature: float, seed: int, messages: Messages) -> str:

@@ -44,7 +44,8 @@ class EvaluateConfig:
     """Benchmark tasks: a kind such as "hellaswag", a table such as {kind = "mmlu", shots = 5}, or a TOML file with such
     a table, for questions of your own."""
     data: Path | None = None
-    """Folder of benchmark data, from which tasks read their questions."""
+    """Folder of benchmark data, from which tasks read their questions; "hub:" downloads those that the Hugging Face hub
+    has, once."""
     cache: Path | None = None
     """File of answers to tasks' questions, which are not asked again of the same model; OUTPUT.answers where absent. A
     run that was interrupted goes on from there."""

@@ -7,7 +7,6 @@ and each beginning of the answer, the answer's next token is the likeliest.
 Shapes: B rows, T tokens, A tokens of the answer, D model dimension, V vocabulary.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from puna.batches.encode import tokenize_documents
 from puna.config import to_plain
+from puna.evaluate.tasks.needle import NEEDLE, QUESTION, check_settings, draw
 from puna.model.transformer import Linear, Transformer
 from puna.runtime.devices import DeviceName, open_device
 from puna.runtime.errors import InputError
@@ -26,12 +26,9 @@ from puna.runtime.files import atomic_path, read_documents, write_json
 from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.page import new_figure, to_svg, write_page
 from puna.runtime.progress import progress, say
-from puna.runtime.seeds import derive_seed
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
 from puna.weights.load import load_model, resolve
-
-_CITIES = ("Lima", "Cusco", "Puno", "Tacna", "Iquitos", "Oruro", "Salta", "Quito", "Loja", "Arica")
 
 _PAGE = """{% extends "page" %}
 {% block content %}
@@ -63,9 +60,9 @@ class NeedleConfig:
     """Where the sentence stands: 0 is the beginning, 1 just before the question."""
     trials: int = 4
     """Texts for each length and depth."""
-    needle: str = "\nThe secret number of {city} is {number}.\n"
+    needle: str = NEEDLE
     """The sentence; {city} and {number} are filled in."""
-    question: str = "\nThe secret number of {city} is"
+    question: str = QUESTION
     """What stands at the end, for the model to go on with a blank and the number."""
     seed: int = 0
     """Of cities, numbers and the places where texts begin."""
@@ -75,16 +72,7 @@ class NeedleConfig:
     """CPU threads; 0 is every core that the process may run on."""
 
     def __post_init__(self) -> None:
-        if not all(0 <= depth <= 1 for depth in self.depths) or not self.depths:
-            raise ValueError(f"depths are {self.depths}; name some, between 0 and 1.")
-        if self.trials < 1:
-            raise ValueError(f"trials is {self.trials}; it has to be at least 1.")
-        for name, text, parts in (
-            ("needle", self.needle, ("{city}", "{number}")),
-            ("question", self.question, ("{city}",)),
-        ):
-            if missing := [part for part in parts if part not in text]:
-                raise ValueError(f"{name} lacks {' and '.join(missing)}.")
+        check_settings(self.depths, self.trials, self.needle, self.question)
 
 
 @dataclass(frozen=True)
@@ -189,8 +177,7 @@ def make_prompt(
     Raises:
         InputError: needle and question need more tokens than that.
     """
-    chance = random.Random(derive_seed(config.seed, "needle", length, str(depth), trial))
-    city, number = chance.choice(_CITIES), str(chance.randrange(10_000, 100_000))
+    chance, city, number = draw(config.seed, length, depth, trial)
     needle = tokenizer.encode(config.needle.format(city=city, number=number), continuation=True)
     question = tokenizer.encode(config.question.format(city=city), continuation=True)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

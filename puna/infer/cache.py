@@ -1,11 +1,14 @@
 """Keys and values of tokens seen before, in blocks, and the attention context that reads and writes them.
 
 Shapes: N tokens of a forward, B sequences, T tokens of each, S slots that a query may see, H query heads, G key/value
-heads, J query heads per key/value head (H / G), K head dimension.
+heads, J query heads per key/value head (H / G), K head dimension; in gated layers C tokens that are computed, and R of
+them that pass.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from puna.kernels.attend import document_attend
 from puna.model.accounting import kv_bytes_per_token
-from puna.model.attend import Attend, causal
+from puna.model.attend import Attend, causal, scaled_dot_product
 from puna.model.config import LlamaConfig
 from puna.runtime.errors import InputError
 
@@ -41,6 +44,8 @@ class KVPool:
     Attributes:
         keys, values: for each layer a tensor [num_blocks + 1, block_size, G, K].
         key_scales, value_scales: for each layer [num_blocks + 1, block_size, G], where there are scales.
+        passed: for each gated layer (`puna.model.depths`) that has written, by its number: which slots, in a row, hold
+            a token that went through it. The others hold nothing of that layer.
 
     Raises:
         InputError: the device has not enough memory.
@@ -61,6 +66,7 @@ class KVPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
+        self.passed: dict[int, Tensor] = {}
         shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
 
         scaled = dtype in LARGEST_CODE
@@ -89,6 +95,16 @@ class KVPool:
         """Store keys and values of new tokens; returns them as they will be read, in `activations`."""
         k_NGK = self._store(self.keys[layer], self.key_scales[layer : layer + 1], slots_N, k_NGK)
         return k_NGK, self._store(self.values[layer], self.value_scales[layer : layer + 1], slots_N, v_NGK)
+
+    def write_passed(self, layer: int, slots_R: Tensor, k_RGK: Tensor, v_RGK: Tensor) -> Tensor:
+        """Store keys and values of the tokens that go through a gated layer; returns its row of `passed`."""
+        self.write(layer, slots_R, k_RGK, v_RGK)
+        passed = self.passed.get(layer)
+        if passed is None:
+            num_slots = (self.num_blocks + 1) * self.block_size
+            passed = self.passed[layer] = torch.zeros(num_slots, dtype=torch.bool, device=self.device)
+        passed[slots_R] = True
+        return passed
 
     def _store(self, stored: Tensor, scales: list[Tensor], slots_N: Tensor, x_NGK: Tensor) -> Tensor:
         if not scales:
@@ -145,10 +161,11 @@ class PagedAttend:
         counts: how many new tokens it has.
         num_padding: tokens at the end that belong to no sequence, and whose results mean nothing.
         alone: compute each sequence by itself, so that its result does not depend on the others.
+        keeps_shape: whether gated layers compute every token (`puna.model.depths.Narrowable`).
 
     Attributes:
         positions_1N: the position of each token, which the forward needs as well.
-        pool, tables, starts, counts, num_padding, alone: as given.
+        pool, tables, starts, counts, num_padding, alone, keeps_shape: as given; `alone` implies `keeps_shape`.
 
     Example:
         attend = PagedAttend(pool, tables, [7, 0], [1, 5])  # one sequence decodes, one prompt begins
@@ -164,10 +181,11 @@ class PagedAttend:
         *,
         num_padding: int = 0,
         alone: bool = False,
+        keeps_shape: bool = False,
     ) -> None:
         self.pool = pool
         self.tables, self.starts, self.counts = tables, starts, counts
-        self.num_padding, self.alone = num_padding, alone
+        self.num_padding, self.alone, self.keeps_shape = num_padding, alone, alone or keeps_shape
         size = pool.block_size
         if max(counts) == 1:
             rows_N = np.arange(len(starts))
@@ -182,6 +200,8 @@ class PagedAttend:
             slots_N = np.concatenate([slots_N, spare])
         self.positions_1N = torch.from_numpy(positions_N)[None].to(pool.device)
         self._slots_N = torch.from_numpy(slots_N).to(pool.device)
+        for passed in pool.passed.values():
+            passed[self._slots_N] = False  # until they do
         self._parts = list(_parts(pool, tables, starts, counts, alone))
         self._whole = len(self._parts) == 1 and not num_padding
 
@@ -197,6 +217,54 @@ class PagedAttend:
             q, k, v = (x[:, part.tokens].clone() for x in (q_1NHK, k_1NGK, v_1NGK))
             o_1NHK[:, part.tokens] = part.attend(layer, q, k, v, self.pool)
         return o_1NHK
+
+    def narrow(self, chosen_1C: Tensor, real_1C: Tensor) -> Attend:
+        """The context of a gated layer, see `puna.model.depths.attend_to_chosen`."""
+        ends_B = np.cumsum(self.counts)
+        real_C = real_1C[0] & (chosen_1C[0] < int(ends_B[-1]))  # no padding
+        rows_R = real_C.nonzero()[:, 0]
+        places_R = chosen_1C[0, rows_R]
+        firsts = [0, *np.searchsorted(places_R.cpu().numpy(), ends_B)]
+        size, parts = self.pool.block_size, []
+        for number, (first, last) in enumerate(pairwise(firsts)):
+            if first < last:
+                end = self.starts[number] + self.counts[number]
+                slots_S = self.tables[number, np.arange(end) // size] * size + np.arange(end) % size
+                parts.append((rows_R[first:last], torch.from_numpy(slots_S).to(self.pool.device)))
+        return _PassedAttend(self.pool, self._slots_N[places_R], rows_R, parts)
+
+
+@dataclass
+class _PassedAttend:
+    """`PagedAttend` in a gated layer: tokens that pass see those that passed before them.
+
+    Sequence by sequence, because each has another number of them.
+
+    Args:
+        slots_R: where the tokens that pass are stored; `rows_R` which of the computed tokens they are.
+        parts: for each sequence of which some token passes those of its tokens, and the slots of all of them.
+    """
+
+    pool: KVPool
+    slots_R: Tensor
+    rows_R: Tensor
+    parts: list[tuple[Tensor, Tensor]]
+
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+        passed = self.pool.write_passed(layer, self.slots_R, k_BTGK[0, self.rows_R], v_BTGK[0, self.rows_R])
+        o_BTHK = torch.zeros_like(q_BTHK)
+        for rows_T, slots_S in self.parts:
+            seen_S = slots_S[passed[slots_S]]
+            k_1SGK, v_1SGK = self.pool.read(layer, partial(_take, seen_S))
+            mask_TS = torch.ones(len(rows_T), len(seen_S), dtype=torch.bool, device=seen_S.device)
+            mask_1TS = mask_TS.tril(len(seen_S) - len(rows_T))[None]
+            o_BTHK[:, rows_T] = scaled_dot_product(q_BTHK[:, rows_T], k_1SGK, v_1SGK, mask_BTS=mask_1TS)
+        return o_BTHK
+
+
+def _take(slots_S: Tensor, cached: Tensor) -> Tensor:
+    """Some slots of a tensor [num_blocks + 1, block_size, ...], in a row."""
+    return cached.flatten(0, 1)[slots_S].unsqueeze(0)
 
 
 @dataclass

@@ -285,13 +285,14 @@ class Engine:
         sampled, logits_RV = self._runner.run(plan)
         for sequence, num_tokens in plan.items():
             self.scheduler.advance(sequence, min(num_tokens, sequence.num_pending))
-        read = [request for request in sampled if request.max_tokens == 0]
-        for row, request in enumerate(sampled):
-            if request.max_tokens == 0:
-                request.next_logprobs = report_next(logits_RV[row], request.params.next_logprobs)
+        rows = [row for row, request in enumerate(sampled) if request.max_tokens == 0]
+        read = [sampled[row] for row in rows]
+        if read:
+            reports = report_next(logits_RV[rows], [request.params.next_logprobs for request in read])
+            for request, report in zip(read, reports, strict=True):
+                request.next_logprobs = report
                 request.finish("length")
                 self._release(request)
-        if read:
             kept = [i for i, request in enumerate(sampled) if request.max_tokens]
             sampled, logits_RV = [sampled[i] for i in kept], logits_RV[kept]
         if sampled:

@@ -16,7 +16,6 @@ from puna.runtime.devices import available_cores, open_device
 from puna.runtime.errors import InputError
 from puna.tokenizer.base import Tokenizer
 from puna.tokenizer.load import load_tokenizer
-from puna.weights.huggingface import CONFIG_FILE, read_depths
 from puna.weights.load import load_model, resolve
 
 
@@ -28,11 +27,6 @@ def load_engine(model: Path, config: EngineConfig) -> Engine:
             tokenizer, or the engine cannot be opened as configured.
     """
     directory = resolve(model)
-    if (directory / CONFIG_FILE).exists() and read_depths(directory) is not None:
-        raise InputError(
-            f"{model} has layers that most tokens pass by (a mixture of depths), whose cache the engine does not keep. "
-            "Such a model can be trained on, and called without a cache."
-        )
     num_threads = config.num_threads or max(1, available_cores() // config.num_processes)
     device = open_device(config.device, num_threads)
     tokenizer = load_tokenizer(directory)

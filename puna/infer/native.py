@@ -41,7 +41,7 @@ class NativeForward:
     def of(cls, model: Transformer, pool: KVPool, max_context: int) -> "NativeForward | None":
         """None where the kernels do not read this model or cache, or would be no faster."""
         config = model.config
-        layers = [_native_layer(layer) for layer in model.layers if isinstance(layer, Layer)]
+        layers = [_native_layer(layer) for layer in model.layers if type(layer) is Layer]
         known = [layer for layer in layers if layer is not None]
         stored = pool.keys[0].dtype in (torch.float32, torch.bfloat16)
         if not stored or len(known) < config.num_layers or config.head_dim % HEAD_UNIT:

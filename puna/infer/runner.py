@@ -1,6 +1,7 @@
 """The computing half of a step: from a plan in integers to logits.
 
-Shapes: N tokens of a forward, side by side in one row; D model dimension, V vocabulary, R rows that are sampled.
+Shapes: N tokens of a forward, side by side in one row; W of them that somebody asks about; D model dimension, V
+vocabulary, R rows that are sampled.
 """
 
 from collections.abc import Iterable
@@ -17,10 +18,14 @@ from puna.infer.native import NativeForward
 from puna.infer.request import Request, TokenLogprob
 from puna.infer.scheduler import Plan
 from puna.infer.sequence import Sequence
-from puna.model.transformer import Linear, Transformer
+from puna.model.rope import frequencies, rotation
+from puna.model.transformer import Layer, Linear, Transformer
 
-_REPORTED_AT_ONCE = 64
-"""Prompt tokens whose logits, over the whole vocabulary, are in memory at the same time."""
+_LOGITS_AT_ONCE = 2**22
+"""Of prompts: as many of their tokens' logits, over the whole vocabulary, are in memory at the same time."""
+
+_Asked = tuple[Request, int, int]
+"""Whose prompt token a log-probability is asked of, the place in the forward that it follows, and the token."""
 
 
 class ModelRunner:
@@ -84,7 +89,7 @@ class ModelRunner:
         ids: list[int] = []
         sampled: list[Request] = []
         picked: list[int] = []  # positions in the forward
-        asking: list[tuple[Request, int, int]] = []
+        asked: list[_Asked] = []
         for request, count in zip(requests, counts, strict=True):
             start = request.num_computed
             if count == 1 and start + 1 == request.length:
@@ -94,7 +99,7 @@ class ModelRunner:
                 continue
             known = request.tokens[start : start + count]
             if request.params.prompt_logprobs is not None and start + 1 < request.num_prompt:
-                asking.append((request, len(ids), count))
+                asked += _asked(request, len(ids), count)
             ids += known
             ids += request.draft[: count - len(known)]
             if start + count >= request.length:
@@ -108,19 +113,35 @@ class ModelRunner:
         alone = fill is not None
         decoding = max(counts) == 1
 
-        def head(h_1ND: Tensor, output: Linear) -> Tensor:
-            _report_prompts(asking, h_1ND[0], output)
+        numbers = [request.adapter for request in requests]
+        wanted = sorted({*picked, *(place for _, place, _ in asked)})
+        native = None if any(numbers) else self._native
+        if native is not None and len(ids) > native.most_tokens:
+            native = None
+        # Updates by adapters are for every token; and where results shall not depend on what else runs, nor may shapes.
+        narrow = native is None and not alone and not any(numbers) and len(wanted) < len(ids) and _is_plain(self._model)
+        if narrow:
+            rows = {place: row for row, place in enumerate(wanted)}
+            picked = [rows[place] for place in picked]
+            asked = [(request, rows[place], token_id) for request, place, token_id in asked]
+
+        def head(h_1WD: Tensor, output: Linear) -> Tensor:
+            _report_prompts(asked, h_1WD[0], output, self._model.config.vocab_size)
             if alone and decoding:
-                filled_NV: Tensor = output(h_1ND[0])
+                filled_NV: Tensor = output(h_1WD[0])
                 return filled_NV[picked]
-            logits_RV: Tensor = output(h_1ND[0] if len(picked) == len(ids) else h_1ND[0, picked])
+            logits_RV: Tensor = output(h_1WD[0] if len(picked) == h_1WD.shape[1] else h_1WD[0, picked])
             return logits_RV
 
-        numbers = [request.adapter for request in requests]
-        if self._native is not None and len(ids) <= self._native.most_tokens and not any(numbers):
-            return sampled, head(self._native(ids, tables, starts, counts), self._model.output)
-        attend = PagedAttend(self._pool, tables, starts, counts, num_padding=num_padding, alone=alone)
+        if native is not None:
+            return sampled, head(native(ids, tables, starts, counts), self._model.output)
+        # Updates by adapters are for every token, in order.
+        attend = PagedAttend(
+            self._pool, tables, starts, counts, num_padding=num_padding, alone=alone, keeps_shape=any(numbers)
+        )
         ids_1N = torch.tensor([ids], device=self._pool.device)
+        if narrow:
+            return sampled, head(hidden_states(self._model, ids_1N, attend, wanted), self._model.output)
         with self._adapters.selected(numbers, counts, num_padding=num_padding, alone=alone):
             logits_RV = self._model(ids_1N, attend.positions_1N, attend, head)
         return sampled, logits_RV
@@ -156,25 +177,59 @@ def _order(request: Request, count: int) -> tuple[int, int]:
     return (1, 0) if request.num_computed == 0 else (1 + count, request.num_computed)
 
 
-def _report_prompts(asking: SequenceOf[tuple[Request, int, int]], h_ND: Tensor, output: Linear) -> None:
+def hidden_states(model: Transformer, ids_1N: Tensor, attend: PagedAttend, wanted: SequenceOf[int]) -> Tensor:
+    """Normalised hidden states h_1WD of some tokens of a forward; `Transformer.forward` is the twin that has them all.
+
+    Of the last layer, the other tokens are computed as far as keys and values only: nobody reads more of them.
+    """
+    x_1ND = model.embedding(ids_1N)
+    if model.compute_dtype is not None:
+        x_1ND = x_1ND.to(model.compute_dtype)
+    turn = rotation(attend.positions_1N, frequencies(model.config, ids_1N.device), x_1ND.dtype)
+    *before, last = model.layers
+    for layer in before:
+        x_1ND = layer(x_1ND, turn, attend)
+    rows_W = torch.tensor(wanted, dtype=torch.int64, device=ids_1N.device)
+
+    def narrowed(layer: int, q_1NHK: Tensor, k_1NGK: Tensor, v_1NGK: Tensor) -> Tensor:
+        return attend(layer, q_1NHK, k_1NGK, v_1NGK)[:, rows_W]
+
+    assert isinstance(last, Layer)
+    x_1WD = x_1ND[:, rows_W] + last.attention(last.attention_norm(x_1ND), turn, narrowed)
+    x_1WD = x_1WD + last.feed_forward(last.feed_forward_norm(x_1WD))
+    h_1WD: Tensor = model.norm(x_1WD)
+    return h_1WD
+
+
+def _is_plain(model: Transformer) -> bool:
+    """Whether `hidden_states` may take the model apart: nothing looks on, and the last layer is an ordinary one."""
+    last = model.layers[-1]
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (model, last))
+    return type(model) is Transformer and type(last) is Layer and not hooked
+
+
+def _asked(request: Request, first: int, count: int) -> list[_Asked]:
+    """The log-probabilities that a request asks of `count` prompt tokens, the first of which has the place `first`."""
+    start = request.num_computed
+    # Not the second token always: what is not asked for is left out, and some are known after a preemption.
+    unknown = request.params.prompt_logprobs_from + len(request.prompt_logprobs)
+    follow = range(max(unknown, start + 1), min(start + count + 1, request.num_prompt))
+    return [(request, first + place - 1 - start, request.tokens[place]) for place in follow]
+
+
+def _report_prompts(asked: SequenceOf[_Asked], h_WD: Tensor, output: Linear, vocab_size: int) -> None:
     """Add the log-probabilities of prompt tokens to the requests that ask for them.
 
     Args:
-        asking: those, and the place and number of their tokens in the forward.
-        h_ND: hidden states of the forward; each is for the token that follows.
+        asked: those; places are rows of `h_WD`.
+        h_WD: hidden states; each is for the token that follows.
     """
-    rows: list[tuple[Request, int, int]] = []
-    for request, first, count in asking:
-        start = request.num_computed
-        # Not the second token always: what is not asked for is left out, and some are known after a preemption.
-        unknown = request.params.prompt_logprobs_from + len(request.prompt_logprobs)
-        follow = range(max(unknown, start + 1), min(start + count + 1, request.num_prompt))
-        rows += [(request, first + place - 1 - start, request.tokens[place]) for place in follow]
-    for begin in range(0, len(rows), _REPORTED_AT_ONCE):
-        slab = rows[begin : begin + _REPORTED_AT_ONCE]
-        logits_NV: Tensor = output(h_ND[[row for _, row, _ in slab]])
+    size = max(_LOGITS_AT_ONCE // vocab_size, 1)
+    for begin in range(0, len(asked), size):
+        slab = asked[begin : begin + size]
+        logits_WV: Tensor = output(h_WD[[row for _, row, _ in slab]])
         counts = [cast(int, request.params.prompt_logprobs) for request, _, _ in slab]
-        reported = report(logits_NV, [token_id for _, _, token_id in slab], counts)
+        reported = report(logits_WV, [token_id for _, _, token_id in slab], counts)
         for (request, _, _), entry in zip(slab, reported, strict=True):
             request.prompt_logprobs.append(entry)
 
@@ -192,14 +247,13 @@ def report(logits_NV: Tensor, ids: SequenceOf[int], num_likeliest: SequenceOf[in
     ]
 
 
-def report_next(logits_V: Tensor, ids: SequenceOf[int]) -> tuple[TokenLogprob, ...]:
-    """The log-probability of each id at one place, with that of the likeliest token."""
-    if not ids:
-        return ()
-    logprobs_V = logits_V.float().log_softmax(dim=-1)
-    best, best_id = (part.item() for part in logprobs_V.max(dim=-1))
-    likeliest = ((int(best_id), float(best)),)
-    return tuple(
-        TokenLogprob(token_id, logprob, likeliest)
-        for token_id, logprob in zip(ids, logprobs_V[list(ids)].tolist(), strict=True)
-    )
+def report_next(logits_RV: Tensor, ids: SequenceOf[SequenceOf[int]]) -> list[tuple[TokenLogprob, ...]]:
+    """The log-probabilities of some ids at each place, with that of the likeliest token there."""
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1)
+    rows = [row for row, own in enumerate(ids) for _ in own]
+    logprobs = iter(logprobs_RV[rows, [token_id for own in ids for token_id in own]].tolist())
+    best_R, ids_R = (part.tolist() for part in logprobs_RV.max(dim=-1))
+    return [
+        tuple(TokenLogprob(token_id, next(logprobs), ((top_id, top),)) for token_id in own)
+        for own, top_id, top in zip(ids, ids_R, best_R, strict=True)
+    ]

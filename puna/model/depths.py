@@ -3,7 +3,8 @@
 A router gives every token a weight. In training the `capacity` share of a row's tokens with the largest weights go
 through the layer, its change multiplied by the weight; the others keep their state (equation 1). Which tokens are
 among the largest depends on later ones, so a small predictor learns to guess it from the token's state alone (section
-3.5), and decides in evaluation and generation; what it learns does not flow back into the model.
+3.5), and decides in evaluation and generation; what it learns does not flow back into the model. A cache holds keys and
+values of those tokens alone that went through.
 
 Layers become gated from outside, by `gate_layers`; their weights keep their names and places.
 
@@ -12,7 +13,7 @@ Shapes: B rows, T tokens, C chosen tokens (filled up to the longest row), D mode
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,22 @@ class Depths:
     """Numbers of the gated layers, from 0."""
     capacity: float
     """Share of a row's tokens that go through one, in training; above 0 and at most 1."""
+
+
+@runtime_checkable
+class Narrowable(Protocol):
+    """An `Attend` that knows more than the tokens of a forward, as one with a cache, and so narrows itself.
+
+    Attributes:
+        keeps_shape: whether a layer has to compute every token, and throw away what did not pass, so that the shapes
+            of its products, and with them the rounding, do not depend on who passes.
+    """
+
+    keeps_shape: bool
+
+    def narrow(self, chosen_BC: Tensor, real_BC: Tensor) -> Attend:
+        """The same context among the chosen tokens, of which only the real ones count; see `attend_to_chosen`."""
+        ...
 
 
 class GatedLayer(Layer):
@@ -79,7 +96,8 @@ class GatedLayer(Layer):
             prediction_loss = F.binary_cross_entropy_with_logits(guesses_BT, largest_BT, reduction="sum")
             x_BTD = _AddLoss.apply(x_BTD, prediction_loss)  # type: ignore[no-untyped-call]
         else:
-            chosen_BC, real_BC = _places(guesses_BT > 0)
+            every = isinstance(attend, Narrowable) and attend.keeps_shape
+            chosen_BC, real_BC = _every_place(guesses_BT > 0) if every else _places(guesses_BT > 0)
             self.passed_share = real_BC.sum().item() / guesses_BT.numel()
         if not chosen_BC.shape[1]:
             return x_BTD
@@ -129,9 +147,15 @@ def depths_of(model: Transformer) -> Depths | None:
 def attend_to_chosen(attend: Attend, chosen_BC: Tensor, real_BC: Tensor) -> Attend:
     """The same context as `attend`, among the chosen tokens only.
 
+    Args:
+        chosen_BC: their places in each row, in order.
+        real_BC: false for places that only fill up a row; nobody sees them, and their results mean nothing.
+
     Raises:
-        ValueError: it is one that cannot be narrowed, as the engine's, which holds a cache.
+        ValueError: it is one that cannot be narrowed.
     """
+    if isinstance(attend, Narrowable):
+        return attend.narrow(chosen_BC, real_BC)
     documents_BT = getattr(attend, "documents_BT", None)
     if attend is causal:
         return causal if real_BC.all() else DocumentAttend(torch.where(real_BC, 0, _FILLER))
@@ -150,6 +174,11 @@ def _places(wanted_BT: Tensor) -> tuple[Tensor, Tensor]:
     chosen_BC = order_BT[:, : int(counts_B.max())]
     real_BC = torch.arange(chosen_BC.shape[1], device=wanted_BT.device) < counts_B[:, None]
     return chosen_BC, real_BC
+
+
+def _every_place(wanted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with all places; those that are not wanted are no real ones."""
+    return torch.arange(wanted_BT.shape[1], device=wanted_BT.device).expand_as(wanted_BT), wanted_BT
 
 
 class _AddLoss(torch.autograd.Function):

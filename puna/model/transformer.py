@@ -146,7 +146,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        # Uninitialised, for torch's own initialisation loads its compiler.
+        embedding = torch.empty(config.vocab_size, config.dim)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(embedding, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size, bias=False)

@@ -99,7 +99,8 @@ class TrainConfig:
     """Factor of the squared log-normaliser of each prediction, added to the loss, which keeps logits from drifting
     (PaLM, arXiv:2204.02311, section 5: 1e-4)."""
     compile: bool = False
-    """Compile each layer with torch.compile (needs a C++ compiler; worth it from some hundred steps on)."""
+    """Compile each layer with torch.compile (needs a C++ compiler). On a CPU in float32, native kernels are as fast
+    without its minutes of preparation; it is for GPUs and bfloat16, from some hundred steps on."""
     seed: int = 0
     """Of the initial weights and of the order of data."""
     device: DeviceName = "auto"

@@ -69,6 +69,11 @@ def split_q4_0(blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
     return packed_N4, _halves(blocks_NB[:, :2]).squeeze(1)
 
 
+def split_q8_0(blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of Q8_0 as integers, int8 [N, 32], and scales [N]."""
+    return _view(blocks_NB[:, 2:], torch.int8), _halves(blocks_NB[:, :2]).squeeze(1)
+
+
 def _view(bytes_NB: Tensor, dtype: torch.dtype) -> Tensor:
     return bytes_NB.contiguous().view(dtype)
 

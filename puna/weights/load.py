@@ -17,7 +17,6 @@ from puna.runtime.gguf_file import gguf_path
 from puna.runtime.manifest import Manifest
 from puna.tokenizer.base import Tokenizer
 from puna.weights.gguf import gguf_tensors, read_gguf_config
-from puna.weights.gguf_packed import QUANTIZATION as GGUF_QUANTIZATION
 from puna.weights.gguf_packed import multiplies_integers, packed_tensors
 from puna.weights.huggingface import (
     CONFIG_FILE,
@@ -104,8 +103,8 @@ def load_model(
         dtype: of the parameters; None takes the checkpoint's own.
         fit: called for a model whose weights are stored as integers, with the model (without memory), the
             `quantization_config`, the names of the maps that are stored so, and `path`. Without it such a model is
-            refused: it cannot be trained or converted. A GGUF file in Q4_0 is read as floats then, and wherever the
-            native kernels do not multiply its integers, or `dtype` asks for floats.
+            refused: it cannot be trained or converted. A GGUF file in Q4_0 or Q8_0 is read as floats then, and
+            wherever the native kernels do not multiply its integers, or `dtype` asks for floats.
         map_embedding: leave the embedding in its file, if it is stored there as the model wants it and nothing else
             uses it: only the rows that are looked up come into memory. It may be changed; the file is not.
 
@@ -150,19 +149,18 @@ def empty_model(
         except ValueError as error:
             raise InputError(f"{path / CONFIG_FILE}: {error}") from error
     maps = [name for name, module in model.named_modules() if isinstance(module, Linear)]
-    quantization: Mapping[str, Any] | None = None
-    if _format(path) == "hf":
-        quantization = quantization_config(path)
+    packed: list[tuple[Mapping[str, Any], list[str]]] = []
+    if _format(path) == "hf" and (own := quantization_config(path)) is not None:
+        packed = [(own, [name for name in maps if stored.file_name(f"{name}.weight_scale") in stored.shapes])]
     elif _format(path) == "gguf" and fit is not None and dtype is None and multiplies_integers(device):
-        stored, quantization = packed_tensors(_gguf(path), stored, maps), GGUF_QUANTIZATION
-    if quantization is not None:
+        stored, packed = packed_tensors(_gguf(path), stored, maps)
+    for quantization, names in packed:
         if fit is None:
             raise InputError(
                 f"{path} holds quantised weights (quantization_config in {CONFIG_FILE}), which can be run and "
                 "measured, but not trained or converted. Use the model that it was made from."
             )
-        quantized = [name for name in maps if stored.file_name(f"{name}.weight_scale") in stored.shapes]
-        fit(model, quantization, quantized, str(path))
+        fit(model, quantization, names, str(path))
     return model.to(dtype or stored.dtype).eval(), stored
 
 

@@ -1,4 +1,4 @@
-"""Preferences on two processes: what comes out is what one process comes to."""
+"""Preferences and reinforcement on two processes: what comes out is what one process comes to."""
 
 import json
 import os
@@ -14,6 +14,9 @@ import torch
 from puna.align import learn
 from puna.align.config import AlignConfig
 from puna.align.main import main as align
+from puna.align.reinforce.config import ReinforceConfig
+from puna.align.reinforce.main import main as reinforce
+from puna.align.reinforce.processes import check_processes as check_reinforcement
 from puna.align.reward import RewardConfig
 from puna.align.reward import main as train_reward
 from puna.batches.packing import IGNORE, PADDING
@@ -38,11 +41,33 @@ def settings_of(base_model: Path, data: Path, output: Path, *more: str) -> list[
     return [f"model={base_model}", f"output={output}", *files, *(f"train.{each}" for each in train), *more]
 
 
+def reinforcement(base_model: Path, data: Path, kind: str, processes: int, *more: str) -> list[str]:
+    """Two rollouts, of which each gives two steps."""
+    train = ["steps=4", "batch_rows=8", "micro_batch_rows=2", "row_length=64", "device=cpu", "num_threads=1"]
+    train += ["tensorboard=false", "optimizer.learning_rate=3e-3", "schedule.warmup_steps=1", "validate_every=2"]
+    return [
+        f"model={base_model}",
+        f"output={data / f'{kind}-{processes}'}",
+        f"prompts={data / 'train.jsonl'}",
+        f"held_out_prompts={data / 'held_out.jsonl'}",
+        'rewards=[{kind = "regex", pattern = "a"}, {kind = "regex", pattern = "e", weight = 0.5}]',
+        "prompts_per_rollout=4",
+        "sampling.max_tokens=6",
+        f"method.kind={kind}",
+        "method.samples=4",
+        "method.epochs=1",
+        "method.entropy_weight=0.01",
+        *(f"train.{each}" for each in train),
+        *more,
+    ]
+
+
 @pytest.fixture(scope="module")
 def outputs(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dpo-1, reward-1 by this process; dpo-2 by two that share rows, reward-2 by two that share parameters.
+    """dpo-1, reward-1, ppo-1 and grpo-1 by this process; dpo-2 and ppo-2 by two that share rows, reward-2 and grpo-2
+    by two that share parameters.
 
-    The rows held out are no multiple of the batch, so one process has less of them than the other.
+    The rows held out are no multiple of the batch, so one process has less of them than the other; so are the prompts.
     """
     folder = tmp_path_factory.mktemp("processes")
     rows = [
@@ -54,6 +79,8 @@ def outputs(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands = [
         ("align", settings_of(base_model, folder, folder / "dpo-2", "train.parallel.data=2")),
         ("reward", settings_of(base_model, folder, folder / "reward-2", "train.parallel.shard=2")),
+        ("reinforce", reinforcement(base_model, folder, "ppo", 2, "train.parallel.data=2")),
+        ("reinforce", reinforcement(base_model, folder, "grpo", 2, "train.parallel.shard=2")),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[1])
@@ -61,6 +88,8 @@ def outputs(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as others:
         align(load_config(AlignConfig, None, settings_of(base_model, folder, folder / "dpo-1")))
         train_reward(load_config(RewardConfig, None, settings_of(base_model, folder, folder / "reward-1")))
+        for kind in ("ppo", "grpo"):
+            reinforce(load_config(ReinforceConfig, None, reinforcement(base_model, folder, kind, 1)))
         _, said = others.communicate()
     assert others.returncode == 0, said
     return folder
@@ -91,6 +120,24 @@ def test_two_processes_come_to_what_one_comes_to(outputs: Path, kind: str) -> No
         assert (weight - wanted[name]).abs().max().item() <= 5e-5, name
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_two_processes_reinforce_as_one(outputs: Path, kind: str) -> None:
+    """The same answers are drawn, judged and learnt from; what differs is the order of float32 sums."""
+    one, two = outputs / f"{kind}-1", outputs / f"{kind}-2"
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (two, one))
+    assert [point["step"] for point in ours] == [point["step"] for point in theirs] == [0, 2, 4]
+    for our, their in zip(ours, theirs, strict=True):
+        measured = {name for name in their if not name.startswith("speed/")}
+        assert measured == {name for name in our if not name.startswith("speed/")}
+        for name in measured:
+            assert our[name] == pytest.approx(their[name], rel=1e-4, abs=1e-5), name
+    assert (two / "answers.jsonl").read_text() == (one / "answers.jsonl").read_text()
+    assert (two / "dashboard.html").exists()
+    wanted = dict(load_model(one / "model").named_parameters())
+    for name, weight in load_model(two / "model").named_parameters():
+        assert (weight - wanted[name]).abs().max().item() <= 5e-5, name
+
+
 @pytest.mark.parametrize("change", [{"peft": LoRAConfig()}, {"tensor": 2}, {"context": 2}, {"pipeline": 2}])
 def test_what_works_on_one_process_only_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
     monkeypatch.setattr(learn, "several_processes", lambda: True)
@@ -102,6 +149,19 @@ def test_what_works_on_one_process_only_is_refused(monkeypatch: pytest.MonkeyPat
         config = replace(config, train=replace(config.train, parallel=replace(config.train.parallel, **change)))
     with pytest.raises(InputError, match="leave out peft, tensor, context and pipeline"):
         learn.check_processes(config)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("peft.kind=lora",), "leave out peft"),
+        (("prompts_per_rollout=3", "train.batch_rows=6"), "which 2 processes cannot take equal parts"),
+        (("method.kind=ppo", "train.parallel.shard=2"), "which the critic is beside"),
+    ],
+)
+def test_what_reinforces_on_one_process_only_is_refused(tmp_path: Path, more: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_reinforcement(load_config(ReinforceConfig, None, reinforcement(tmp_path, tmp_path, "grpo", 2, *more)), 2)
 
 
 def test_rows_without_targets_count_nothing() -> None:

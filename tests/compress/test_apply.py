@@ -23,9 +23,10 @@ KINDS = [
     Quantization("int8"),
     Quantization("int8", activations="int8"),
     Quantization("int4", group_size=32),
+    Quantization("int8", group_size=32),
     Quantization("int4", group_size=64, symmetric=False),
 ]
-IDS = ["int8", "int8 activations", "int4 g32", "int4 g64 zero points"]
+IDS = ["int8", "int8 activations", "int4 g32", "int8 g32", "int4 g64 zero points"]
 
 
 def make(config=CONFIG, dtype=torch.float32):
@@ -65,7 +66,7 @@ def test_through_a_model_directory(tmp_path, quantization, dtype, flags):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("quantization", KINDS[:3], ids=IDS[:3])
+@pytest.mark.parametrize("quantization", KINDS[:4], ids=IDS[:4])
 @pytest.mark.parametrize("keep", [("output",), ("layers.1.*", "output"), ()], ids=str)
 def test_transformers_computes_the_same(tmp_path, quantization, keep):
     """Through the compressed-tensors library, another reader of the format."""

@@ -44,15 +44,17 @@ def test_int4_is_as_good_as_plain_rounding(shape, dtype, symmetric):
 
 
 @settings(max_examples=30, deadline=None)
-@given(SHAPES, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_int8_is_within_half_a_step(shape, dtype):
+@given(SHAPES, st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_int8_is_within_half_a_step(shape, dtype, by_channel):
     outputs, groups, size, seed = shape
     weight = weights(outputs, groups * size, seed, dtype)
-    quants, scales = to_int8(weight)
+    quants, scales = to_int8(weight, groups * size if by_channel else size)
+    assert (quants.dtype, scales.dtype, scales.shape) == (torch.int8, dtype, (outputs, 1 if by_channel else groups))
     back = dequantize(quants, scales, None, torch.float32)
-    # The farthest of a channel may lie up to 127 times half a unit of bfloat16 off, as the scale is rounded too.
+    # The farthest of a group may lie up to 127 times half a unit of bfloat16 off, as the scale is rounded too.
     slack = 1 / 256 * weight.float().abs() if dtype is torch.bfloat16 else 1e-6
-    assert ((back - weight.float()).abs() <= scales.float() * 0.501 + slack).all()
+    steps = scales.float().repeat_interleave(quants.shape[1] // scales.shape[1], dim=1)
+    assert ((back - weight.float()).abs() <= steps * 0.501 + slack).all()
 
 
 @settings(max_examples=30, deadline=None)

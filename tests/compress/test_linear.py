@@ -24,9 +24,12 @@ KINDS = [
     Quantization("int4", group_size=64, activations="int8"),
     Quantization("int4", group_size=128, activations="int8"),
     Quantization("int4", group_size=64, activations="int8", symmetric=False),
+    Quantization("int8", group_size=32),
+    Quantization("int8", group_size=32, activations="int8"),
 ]
 IDS = ["int8", "int8 activations", "int4 g32", "int4 g64 zero points", "int4 g128"]
 IDS += ["int4 g32 activations", "int4 g64 activations", "int4 g128 activations", "int4 zero points activations"]
+IDS += ["int8 g32", "int8 g32 activations"]
 
 
 def linear(inputs, outputs, dtype=torch.float32, bias=False, seed=0):
@@ -77,11 +80,13 @@ def test_which_way_is_taken():
     if native_library() is not None:
         assert way(500, torch.float32, Quantization("int8", activations="int8")) == "_native_product"
         assert way(1, torch.bfloat16, Quantization("int4", activations="int8")) == "_native_product"
+        assert way(9, torch.bfloat16, Quantization("int8", group_size=32, activations="int8")) == "_native_product"
     assert way(1, torch.bfloat16, Quantization("int8")) == "_int8_packed"
     assert way(1, torch.bfloat16, Quantization("int4")) == "_int4_packed"
     assert way(1, torch.bfloat16, Quantization("int4"), outputs=20) == "dequantized"
     assert way(500, torch.bfloat16, Quantization("int4")) == "dequantized"
     assert way(1, torch.float32, Quantization("int8")) == "dequantized"
+    assert way(1, torch.bfloat16, Quantization("int8", group_size=32)) == "dequantized"
 
 
 def test_activations_are_rounded_token_by_token():
@@ -102,8 +107,8 @@ def test_repacked_weights_are_not_kept_over_a_change():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "int8", "group_size": 64}, "group_size is for int4"),
-        ({"kind": "int4", "group_size": 48}, "one of"),
+        ({"kind": "int8", "group_size": 64}, "with int8 it has to be 32, or absent"),
+        ({"kind": "int4", "group_size": 48}, "with int4 it has to be 32 or 64 or 128, or absent"),
         ({"kind": "int8", "symmetric": False}, "symmetric = false is for int4"),
     ],
 )
@@ -148,7 +153,7 @@ def test_other_configs_are_refused(change, message):
         ("type", "float", "not plain integers"),
         ("strategy", "tensor", "strategy 'tensor'"),
         ("actorder", "group", "not plain integers"),
-        ("group_size", 16, "one of"),
+        ("group_size", 16, "has to be 32"),
     ],
 )
 def test_other_weights_are_refused(key, value, message):

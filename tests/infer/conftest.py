@@ -1,6 +1,7 @@
 """Small models and a tokenizer whose tokens are bytes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from puna.infer.config import EngineConfig
 from puna.infer.engine import Engine
 from puna.model.config import LlamaConfig
+from puna.model.depths import Depths, gate_layers
 from puna.model.initialize import initialize
 from puna.model.transformer import Transformer
 from puna.tokenizer.base import Tokenizer
@@ -63,6 +65,15 @@ def model() -> Transformer:
     initialize(model, seed=1)
     # Spread the logits, so that greedy choices are no near-ties.
     model.output.weight.data *= 4
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def gated_model() -> Transformer:
+    """A mixture of depths with a plain layer between two gated ones."""
+    model = Transformer(replace(TINY, num_layers=3))
+    initialize(model, seed=1)
+    gate_layers(model, Depths((0, 2), 0.5), seed=0)
     return model.eval()
 
 

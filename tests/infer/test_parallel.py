@@ -20,6 +20,7 @@ from puna.infer.parallel import Piece, Team, split
 from puna.infer.parallel_weights import Place, load_part
 from puna.infer.sampling import SamplingParams
 from puna.model.config import LlamaConfig
+from puna.model.depths import Depths, gate_layers
 from puna.model.initialize import initialize
 from puna.model.transformer import Transformer
 from puna.runtime.errors import InputError
@@ -91,6 +92,22 @@ def test_the_same_as_one_process(team, tokenizer, tmp_path, monkeypatch, layout,
         for one, two in zip(mine.logprobs + mine.prompt.logprobs, other.logprobs + other.prompt.logprobs, strict=True):
             # float32 sums in another order; with quantised weights through other kernels.
             assert one.logprob == pytest.approx(two.logprob, abs=1e-4 if quantization else 2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])
+def test_a_mixture_of_depths(team, tokenizer, tmp_path, layout):
+    """Every process decides for itself who passes, and they agree."""
+    model = Transformer(CONFIG)
+    initialize(model, seed=0)
+    gate_layers(model, Depths((0, 2), 0.5), seed=0)
+    save_model(model.eval(), tmp_path / "model")
+    prompts = [list(range(n, n + 50)) for n in (0, 70, 90)] + [[5]]
+    engine = open_engine(team, tokenizer, tmp_path / "model", layout)
+    for prompt, done in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        with torch.inference_mode():
+            logprobs_TV = model(torch.tensor([[*prompt, *done.ids]]))[0].log_softmax(-1)
+        expected = [logprobs_TV[len(prompt) - 1 + i, token_id].item() for i, token_id in enumerate(done.ids)]
+        assert [entry.logprob for entry in done.logprobs] == pytest.approx(expected, abs=2e-5)  # as above
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])

@@ -73,11 +73,19 @@ def check(model: Transformer, request: Request) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(schedule=st.lists(texts, min_size=1, max_size=8), config=configs, mode=modes)
+@given(schedule=st.lists(texts, min_size=1, max_size=8), config=configs, mode=modes, gated=st.booleans())
 def test_every_logprob_is_the_training_forwards(
-    model: Transformer, tokenizer: Tokenizer, schedule: list[Text], config: dict[str, Any], mode: str
+    model: Transformer,
+    gated_model: Transformer,
+    tokenizer: Tokenizer,
+    schedule: list[Text],
+    config: dict[str, Any],
+    mode: str,
+    gated: bool,
 ) -> None:
-    """For batch compositions, chunk sizes, cache states, preemption and speculation."""
+    """For batch compositions, chunk sizes, cache states, preemption and speculation; and for a mixture of depths, of
+    which the forward of evaluation is meant."""
+    model = gated_model if gated else model
     if mode == "invariant":
         config = {**config, "batch_invariant": True}
     elif mode != "plain":
@@ -103,8 +111,10 @@ def test_every_logprob_is_the_training_forwards(
         check(model, request)
 
 
-def test_preemption_is_among_the_cases(model: Transformer, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("name", ["model", "gated_model"])
+def test_preemption_is_among_the_cases(request: pytest.FixtureRequest, name: str, tokenizer: Tokenizer) -> None:
     """What the property above may meet by chance: a text gives its blocks up half-way, and is computed again."""
+    model: Transformer = request.getfixturevalue(name)
     config = EngineConfig(max_context=56, cache_tokens=80, max_rows=4, overcommit=5.0, block_size=4, step_tokens=8)
     engine = Engine(model, tokenizer, config)
     params = SamplingParams(max_tokens=16, prompt_logprobs=0, logprobs=0, temperature=0, ignore_eos=True)
@@ -112,5 +122,5 @@ def test_preemption_is_among_the_cases(model: Transformer, tokenizer: Tokenizer)
     while not engine.idle:
         engine.step()
     assert engine.scheduler.num_preemptions > 0
-    for request in requests:
-        check(model, request)
+    for submitted in requests:
+        check(model, submitted)

@@ -22,9 +22,7 @@ def native_and_twin(weight_NK, x_MK, bits, group, scales_dtype, bias):
         return stored, x_MK.double() @ stored.weights.double().T + bias.double()
     quants_MK, scale_M1 = round_activations(x_MK)
     if bits == 8:
-        quants_NK, scales = (
-            part.view(len(weight_NK), -1) for part in to_int8(weight_NK.to(scales_dtype).view(-1, group))
-        )
+        quants_NK, scales = to_int8(weight_NK.to(scales_dtype), group)
         stored, weight = NativeMap(quants_NK, scales, bias), dequantize(quants_NK, scales, None, torch.float64)
     else:
         quants_NK, scales, _ = to_int4(weight_NK.to(scales_dtype), group, symmetric=True)

@@ -1,4 +1,4 @@
-"""4-bit integers of a GGUF file, multiplied as they are."""
+"""4-bit and 8-bit integers of a GGUF file, multiplied as they are."""
 
 from pathlib import Path
 
@@ -29,12 +29,17 @@ SHAPE = LlamaConfig(
 FLAGS = [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True}]
 
 
+@pytest.fixture(params=["q4_0", "q8_0"])
+def type(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(params=FLAGS, ids=str)
-def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def file(request: pytest.FixtureRequest, type: str, tmp_path: Path) -> Path:
     model = Transformer(LlamaConfig(**{**vars(SHAPE), **request.param}))
     initialize(model, seed=0)
     tokenizer = train_byte_level_bpe(["the llama grazes on the high puna"] * 20, 280, tmp_path / "tokenizer")
-    save_gguf(model, tmp_path / "model.gguf", type="q4_0", pure=True, tokenizer=tokenizer)
+    save_gguf(model, tmp_path / "model.gguf", type=type, pure=True, tokenizer=tokenizer)
     return tmp_path / "model.gguf"
 
 
@@ -56,27 +61,41 @@ def test_integers_are_those_of_the_file(file: Path) -> None:
         expected, found = floats.get_submodule(name)(x_MK), module(x_MK)
         assert (found - expected).norm() < 1e-6 * expected.norm(), name  # sums of integers, and of float32
     # Sums in another order now and then round an activation to the neighbouring integer, 1/127 of the row's largest,
-    # and seven maps in each of two layers add such steps up. Without `rounding` the logits differ by 2e-2 to 3e-2.
+    # and seven maps in each of two layers add such steps up: to 9e-3 at most in four draws of ids, and 3e-7 in draws
+    # without such a step. Without `rounding` the logits differ by 2.3e-2 to 2.6e-2.
     ids = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
     expected, found = floats(ids), integers(ids)
-    assert (found - expected).norm() < 8e-3 * expected.norm()
+    assert (found - expected).norm() < 1.5e-2 * expected.norm()
 
 
-def test_memory_is_nearly_that_of_the_file(file: Path) -> None:
-    """20 bytes in place of 18 for 32 weights, as scales are float32 in place of float16."""
+def test_memory_is_nearly_that_of_the_file(file: Path, type: str) -> None:
+    """Two bytes more for 32 weights, as scales are float32 in place of float16."""
     integers, stored = load_model(file, fit=fit), read_gguf(file).tensors
-    assert {name: tensor.encoding.name for name, tensor in stored.items() if len(tensor.shape) == 2}.items() >= {
-        ("blk.0.attn_q.weight", "Q4_0"),
-        ("blk.1.ffn_down.weight", "Q4_0"),
-    }
-    for name in ("layers.0.attention.query", "layers.1.feed_forward.down"):
+    for name, own in (("layers.0.attention.query", "blk.0.attn_q"), ("layers.1.feed_forward.down", "blk.1.ffn_down")):
+        encoding = stored[f"{own}.weight"].encoding
+        assert encoding.name == type.upper()
         module = integers.get_submodule(name)
-        values = module.in_features * module.out_features
-        assert module.weight_packed.nbytes + module.weight_scale.nbytes == values // 32 * 20
+        held = module.weight_int8 if type == "q8_0" else module.weight_packed
+        found = held.nbytes + module.weight_scale.nbytes
+        assert found == module.in_features * module.out_features // 32 * (encoding.block_bytes + 2)
+
+
+@torch.inference_mode()
+def test_both_in_one_file(tmp_path: Path) -> None:
+    """As llama.cpp stores 4 bits by default: the embedding and the output projection keep 8."""
+    model = Transformer(SHAPE)
+    initialize(model, seed=0)
+    save_gguf(model, tmp_path / "model.gguf", type="q4_0")
+    floats, integers = load_model(tmp_path / "model.gguf"), load_model(tmp_path / "model.gguf", fit=fit)
+    kinds = {name: module.quantization.kind for name, module in integers.named_modules() if hasattr(module, "repacked")}
+    assert kinds.pop("output") == "int8"
+    assert set(kinds.values()) == {"int4"}
+    for name in ("output", *kinds):
+        assert torch.equal(integers.get_submodule(name).weight, floats.get_submodule(name).weight), name
 
 
 def test_floats_where_they_are_asked_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = lambda model: {type(module) for module in model.modules()}  # noqa: E731
+    kinds = lambda model: {module.__class__ for module in model.modules()}  # noqa: E731
     assert QuantizedLinear in kinds(load_model(file, fit=fit))
     assert QuantizedLinear not in kinds(load_model(file))
     assert QuantizedLinear not in kinds(load_model(file, fit=fit, dtype=torch.float32))

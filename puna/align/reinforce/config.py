@@ -4,14 +4,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from puna.align.reinforce.methods import GRPO, METHODS, Method
+from puna.align.reinforce.methods import GRPO, METHODS, PPO, Method
 from puna.align.reinforce.rewards import AnyReward
 from puna.config import Kinds
 from puna.infer.sampling import SamplingParams
+from puna.parallel.config import ParallelConfig
 from puna.peft.methods import AnyMethod
 from puna.train.config import FaultConfig, TrainConfig
 
-_WITHOUT_MEANING = ("z_loss", "compile", "log_every", "parallel")
+_WITHOUT_MEANING = ("z_loss", "compile", "log_every")
 """Settings of training that would change nothing here."""
 
 
@@ -112,6 +113,13 @@ class ReinforceConfig:
         for name in _WITHOUT_MEANING:
             if getattr(train, name) != getattr(usual, name):
                 raise ValueError(f"train.{name} has no meaning here; leave it out.")
+        if train.parallel != ParallelConfig(data=train.parallel.data, shard=train.parallel.shard):
+            raise ValueError("Of train.parallel, only data and shard have a meaning here.")
+        if isinstance(self.method, PPO) and train.parallel.shard > 1:
+            raise ValueError(
+                "With ppo, processes cannot share the parameters, which the critic is beside; set train.parallel.shard "
+                "to 1, so that each has a copy (train.parallel.data)."
+            )
         spikes = {name: getattr(train.faults, name) for name in ("spike_deviations", "spike_settle_steps")}
         if train.faults != replace(FaultConfig(), **spikes):
             raise ValueError("Of train.faults, only spike_deviations and spike_settle_steps have a meaning here.")

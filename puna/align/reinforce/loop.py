@@ -19,11 +19,13 @@ from puna.align.reinforce.dashboard import write_dashboard
 from puna.align.reinforce.diagnose import Point, diagnose, is_healthy
 from puna.align.reinforce.losses import adapted_weight, divergence
 from puna.align.reinforce.methods import PPO, Scored
-from puna.align.reinforce.policy import ReinforceLoss, expected_values, reference_logprobs
+from puna.align.reinforce.policy import ReinforceLoss, expected_values, reference_logprobs, shares_prompts
+from puna.align.reinforce.processes import Drawn, bring_up_to_date, of_all, own_prompts, together
 from puna.align.reinforce.rewards import Prompt, Scorer
 from puna.align.reinforce.rollout import Rollout, prompts_of_rollout, roll_out
 from puna.infer.engine import Engine
 from puna.model.transformer import Transformer
+from puna.parallel.mesh import is_first_process, wait_for_all
 from puna.runtime.files import write_jsonl
 from puna.runtime.progress import progress
 from puna.runtime.seeds import derive_seed
@@ -43,10 +45,12 @@ class Run:
 
     config: ReinforceConfig
     state: TrainState
+    policy: Transformer
+    """What draws answers and is asked about them; see `puna.align.reinforce.processes.whole_copy`."""
     reference: Transformer | None
     """See `puna.align.reinforce.policy.open_reference`."""
     engine: Engine
-    """Over `state.model`."""
+    """Over `policy`."""
     scorer: Scorer
     """Gives rewards."""
     judge: Scorer | None
@@ -78,7 +82,8 @@ class Experience:
 def reinforce(run: Run, plain: dict[str, Any], checkpoints: Checkpoints) -> str:
     """Train until the last step.
 
-    A checkpoint is saved only while nothing looks wrong, so that the newest is the last good one.
+    A checkpoint is saved only while nothing looks wrong, so that the newest is the last good one. Of several processes
+    the first writes.
 
     Args:
         plain: the configuration, for what is logged.
@@ -89,33 +94,40 @@ def reinforce(run: Run, plain: dict[str, Any], checkpoints: Checkpoints) -> str:
     config, state = run.config, run.state
     path = config.output / "metrics.jsonl"
     points = [point for point in read_metrics(path) if point["step"] <= state.step] if path.exists() else []
-    loss = ReinforceLoss(config.method)
+    loss = ReinforceLoss(config.method, state.layout.mesh)
     complaint = ""
+    wait_for_all()  # until each has read the curves, which are then cut where the run goes on
     with ExitStack() as stack:
-        writer = MetricsWriter(
-            config.output,
-            step=state.step,
-            tensorboard=config.train.tensorboard,
-            wandb_project=config.train.wandb_project,
-            config=plain,
-        )
-        metrics = stack.enter_context(writer)
+        metrics = None
+        if is_first_process():
+            writer = MetricsWriter(
+                config.output,
+                step=state.step,
+                tensorboard=config.train.tensorboard,
+                wandb_project=config.train.wandb_project,
+                config=plain,
+            )
+            metrics = stack.enter_context(writer)
         advance = stack.enter_context(progress("Reinforcing", total=config.train.steps - state.step))
         if not points and run.held_out:
-            points.append({"step": 0, **validate(run)})
-            metrics.write(0, {name: value for name, value in points[-1].items() if name != "step"})
+            before = validate(run)
+            points.append({"step": 0, **before})
+            if metrics is not None:
+                metrics.write(0, before)
         while state.step < config.train.steps and not complaint:
-            before = state.step
+            start = state.step
             point, rewarded = _rollout(run, loss, _kl_weight(config, _of_rollouts(points)))
             last = state.step == config.train.steps
-            if run.held_out and (last or _passed(before, state.step, config.train.validate_every)):
+            if run.held_out and (last or _passed(start, state.step, config.train.validate_every)):
                 point |= validate(run)
+            point = of_all(point)[0]
             points.append({"step": state.step, **point})
-            metrics.write(state.step, point)
-            advance(state.step - before, f"reward {point['reward/mean']:.3f}, {point['length']:.0f} tokens an answer")
+            if metrics is not None:
+                metrics.write(state.step, point)
+            advance(state.step - start, f"reward {point['reward/mean']:.3f}, {point['length']:.0f} tokens an answer")
             rollouts = _of_rollouts(points)
             complaint = _not_finite(point) or diagnose(rollouts, config.alarms)
-            due = last or _passed(before, state.step, config.train.checkpoint_every)
+            due = last or _passed(start, state.step, config.train.checkpoint_every)
             if due and not complaint and is_healthy(rollouts, config.alarms):
                 checkpoints.save(state)
                 _show(config, points, rewarded, "")
@@ -190,20 +202,11 @@ def _rollout(run: Run, loss: ReinforceLoss, kl_weight: float) -> tuple[dict[str,
 
 def draw(run: Run, number: int, kl_weight: float) -> Experience:
     """Rollout `number` of a run, by the model as it is; it follows from weights, seed and number alone."""
-    config, model, method = run.config, run.state.model, run.config.method
-    seed, rows = config.train.seed, config.train.micro_batch_rows
-    model.eval()
-    run.engine.weights_changed()
-    prompts = prompts_of_rollout(run.prompts, number, config.prompts_per_rollout, seed)
-    rollout = roll_out(run.engine, prompts, method.samples, config.sampling, (seed, "answer", number))
-    rewards, parts = run.scorer(rollout.prompts, rollout.texts, rollout.finished)
-    mask_NL, logprobs_NL = rollout.mask_NL, rollout.logprobs_NL
-    reference_NL = (
-        reference_logprobs(model, run.reference, rollout, rows, run.device) if config.needs_reference else logprobs_NL
-    )
-    has_critic = isinstance(method, PPO)
-    values_NL = expected_values(model, rollout, rows, run.device) if has_critic else torch.zeros_like(logprobs_NL)
-    scored = Scored(torch.tensor(rewards), logprobs_NL, reference_NL, values_NL, mask_NL, method.samples)
+    config, method = run.config, run.config.method
+    drawn = together(_draw_own(run, number))
+    rollout, mask_NL, logprobs_NL = drawn.rollout, drawn.rollout.mask_NL, drawn.rollout.logprobs_NL
+    reference_NL, values_NL = drawn.reference_NL, drawn.values_NL
+    scored = Scored(torch.tensor(drawn.rewards), logprobs_NL, reference_NL, values_NL, mask_NL, method.samples)
     advantages_NL, returns_NL = method.advantages(scored, kl_weight)
     columns = {
         "reference": reference_NL,
@@ -216,7 +219,7 @@ def draw(run: Run, number: int, kl_weight: float) -> Experience:
     point = {
         "reward/mean": float(scored.rewards_N.mean()),
         "reward/deviation": float(scored.rewards_N.std(correction=0)),
-        **{f"reward/{name}": value for name, value in parts.items()},
+        **{f"reward/{name}": value for name, value in drawn.parts.items()},
         "entropy": float(-logprobs_NL[mask_NL].mean()),  # unbiased, as the tokens were drawn from it
         "length": float(mask_NL.sum(1).float().mean()),
         "unfinished": 1 - sum(rollout.finished) / rollout.num_answers,
@@ -226,42 +229,81 @@ def draw(run: Run, number: int, kl_weight: float) -> Experience:
     if config.needs_reference:
         point["kl/token"] = float(divergence(logprobs_NL, reference_NL, "k3")[mask_NL].mean())
         point["kl/answer"] = float((divergence(logprobs_NL, reference_NL, "k1") * mask_NL).sum(1).mean())
-    if has_critic:
+    if isinstance(method, PPO):
         point["critic/explained_variance"] = explained_variance(values_NL[mask_NL], returns_NL[mask_NL])
-    return Experience(rollout, rewards, scored, columns, point)
+    return Experience(rollout, drawn.rewards, scored, columns, point)
+
+
+def _draw_own(run: Run, number: int) -> Drawn:
+    """This process's share of a rollout."""
+    config, policy, method = run.config, run.policy, run.config.method
+    seed, rows = config.train.seed, config.train.micro_batch_rows
+    _catch_up(run)
+    prompts = prompts_of_rollout(run.prompts, number, config.prompts_per_rollout, seed)
+    own, first = own_prompts(prompts, run.state.layout.mesh)
+    rollout = roll_out(run.engine, own, method.samples, config.sampling, (seed, "answer", number), first)
+    rewards, parts = run.scorer(rollout.prompts, rollout.texts, rollout.finished)
+    reference_NL = rollout.logprobs_NL
+    if config.needs_reference:
+        reference_NL = reference_logprobs(policy, run.reference, rollout, rows, run.device)
+    values_NL = torch.zeros_like(rollout.logprobs_NL)
+    if isinstance(method, PPO):
+        values_NL = expected_values(policy, rollout, rows, run.device)
+    return Drawn(rollout, rewards, parts, reference_NL, values_NL)
+
+
+def _catch_up(run: Run) -> None:
+    """Let the policy that draws, and its engine, know of the updates since."""
+    bring_up_to_date(run.policy, run.state.model)
+    run.policy.eval()
+    run.engine.weights_changed()
 
 
 def _learn(run: Run, experience: Experience, loss: Loss) -> Iterator[StepResult]:
     train, rollout = run.config.train, experience.rollout
+    share_prompts = shares_prompts(run.state.model)
     for epoch in range(run.config.method.epochs):
         seed = derive_seed(train.seed, "order", run.state.batch, epoch)
         order = np.random.default_rng(seed).permutation(rollout.num_answers).tolist()
         for start in range(0, len(order), train.batch_rows):
-            chosen = order[start : start + train.batch_rows]
-            batches = list(rollout.batches(chosen, train.micro_batch_rows, run.device, experience.columns))
-            yield train_step(run.state, batches, loss, train)
+            chosen = sorted(order[start : start + train.batch_rows])  # answers to the same prompt stand side by side
+            own = run.state.layout.own_rows(0, len(chosen))
+            batches = rollout.batches(
+                chosen[own.start : own.stop],
+                train.micro_batch_rows,
+                run.device,
+                experience.columns,
+                share_prompts=share_prompts,
+            )
+            yield train_step(run.state, list(batches), loss, train)
 
 
 def validate(run: Run) -> dict[str, float]:
     """Rewards of the likeliest answers to held-out prompts."""
-    config = run.config
-    run.state.model.eval()
-    run.engine.weights_changed()
-    prompts = run.held_out[: config.train.validation_rows]
-    rollout = roll_out(run.engine, prompts, 1, replace(config.sampling, temperature=0), (0, "validation"))
-    rewards, _ = run.scorer(rollout.prompts, rollout.texts, rollout.finished)
-    point = {
-        "validation/reward": sum(rewards) / len(rewards),
-        "validation/length": float(rollout.mask_NL.sum(1).float().mean()),
-        "validation/unfinished": 1 - sum(rollout.finished) / rollout.num_answers,
+    _catch_up(run)
+    mesh, prompts = run.state.layout.mesh, run.held_out[: run.config.train.validation_rows]
+    own = prompts[mesh.rank("rows") :: mesh.num_processes]
+    measured = [each for part in of_all(_likeliest(run, own) if own else []) for each in part]
+    return {f"validation/{name}": sum(each[name] for each in measured) / len(measured) for name in measured[0]}
+
+
+def _likeliest(run: Run, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
+    """What is measured of the likeliest answer to each prompt."""
+    rollout = roll_out(run.engine, prompts, 1, replace(run.config.sampling, temperature=0), (0, "validation"))
+    given = (rollout.prompts, rollout.texts, rollout.finished)
+    found: dict[str, Sequence[float]] = {
+        "reward": run.scorer(*given)[0],
+        "length": rollout.mask_NL.sum(1).tolist(),
+        "unfinished": [not finished for finished in rollout.finished],
     }
     if run.judge is not None:
-        judged, _ = run.judge(rollout.prompts, rollout.texts, rollout.finished)
-        point["validation/judge"] = sum(judged) / len(judged)
-    return point
+        found["judge"] = run.judge(*given)[0]
+    return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 
 
 def _show(config: ReinforceConfig, points: Sequence[Point], rewarded: Sequence[dict[str, Any]], complaint: str) -> None:
     """What a person looks at: the last answers, and the page of curves."""
+    if not is_first_process():
+        return
     write_jsonl(config.output / "answers.jsonl", rewarded)
     write_dashboard(config, points, rewarded, complaint)

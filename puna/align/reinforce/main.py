@@ -4,19 +4,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from puna.align.reinforce.config import ReinforceConfig
 from puna.align.reinforce.loop import Run, reinforce
 from puna.align.reinforce.methods import PPO
 from puna.align.reinforce.policy import CRITIC, add_critic, learning_rates, open_reference
 from puna.align.reinforce.preflight import preflight
+from puna.align.reinforce.processes import bring_up_to_date, check_processes, whole_copy
 from puna.align.reinforce.rewards import ModelReward, Scorer
 from puna.align.reinforce.rollout import read_prompts
 from puna.config import to_plain
 from puna.infer.config import EngineConfig
 from puna.infer.engine import Engine
-from puna.parallel.mesh import joined_processes
+from puna.parallel.mesh import (
+    build_mesh,
+    is_first_process,
+    joined_processes,
+    threads_of_each_process,
+    wait_for_all,
+)
 from puna.peft.apply import virtual_tokens
 from puna.peft.tuning import adapt, save_tuned
 from puna.runtime.devices import open_device
@@ -41,14 +47,14 @@ def main(config: ReinforceConfig) -> None:
         InputError: something does not fit; or it went wrong, and the last good model is written.
     """
     with joined_processes(config.train.device):
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            raise InputError("Reinforcement works on one process; start the command without torchrun.")
         _main(config)
 
 
 def _main(config: ReinforceConfig) -> None:
     train = config.train
-    device = open_device(train.device, train.num_threads)
+    device = open_device(train.device, train.num_threads or threads_of_each_process())
+    mesh = build_mesh(train.parallel, device)
+    check_processes(config, mesh.num_processes)
     tokenizer = open_chat_tokenizer(config.model, config.chat_template)
     model = load_model(config.model, dtype=torch.float32)
     check_row_length(train, model)
@@ -67,20 +73,25 @@ def _main(config: ReinforceConfig) -> None:
     held_out = []
     if config.held_out_prompts is not None:
         held_out = read_prompts(config.held_out_prompts, tokenizer, longest, columns)
-    layout = prepare(model, train, device)
+    policy = whole_copy(model, mesh, device)
+    layout = prepare(model, train, device, mesh)
+    policy.compute_dtype = model.compute_dtype
     if reference is not None:
         reference.to(device).eval()
         reference.compute_dtype = model.compute_dtype
     rates = learning_rates(model, config.method, training.rates)
     state = TrainState(model, build_optimizers(model, train.optimizer, rates), layout=layout)
     state.after_update = training.after_update
-    model.eval()
+    policy.eval()
     run = Run(
         config=config,
         state=state,
+        policy=policy,
         reference=reference,
         engine=Engine(
-            model, tokenizer, EngineConfig(max_rows=config.rows_at_once, max_context=train.row_length, step_tokens=2048)
+            policy,
+            tokenizer,
+            EngineConfig(max_rows=config.rows_at_once, max_context=train.row_length, step_tokens=2048),
         ),
         scorer=Scorer(config.rewards, device, config.unfinished_reward),
         judge=None if config.judge is None else Scorer([ModelReward(path=config.judge)], device, None),
@@ -113,20 +124,24 @@ def _main(config: ReinforceConfig) -> None:
             f"Stopped before there was a good checkpoint. {complaint} Nothing was written but "
             f"{config.output / 'dashboard.html'}."
         )
+    wait_for_all()
+    bring_up_to_date(policy, model)
     if isinstance(config.method, PPO):
-        delattr(model, CRITIC)
-    model.compute_dtype = None
+        delattr(policy, CRITIC)
+    policy.compute_dtype = None
     points = read_metrics(config.output / "metrics.jsonl")
     facts |= {"steps": state.step, "stopped": complaint} | _measured(points, state.step)
-    written = save_tuned(
-        model,
-        config.peft,
-        config.output,
-        base_model=config.model,
-        tokenizer=tokenizer,
-        dtype=config.dtype,
-        manifest=Manifest("reinforce", plain, inputs, facts),
-    )
+    written = config.output
+    if is_first_process():
+        written = save_tuned(
+            policy,
+            config.peft,
+            config.output,
+            base_model=config.model,
+            tokenizer=tokenizer,
+            dtype=config.dtype,
+            manifest=Manifest("reinforce", plain, inputs, facts),
+        )
     if complaint:
         raise InputError(
             f"Stopped after step {points[-1]['step']:,}. {complaint} {written} is the model as it was after step "

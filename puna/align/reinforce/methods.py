@@ -47,6 +47,7 @@ class Method(ABC):
         samples: answers to each prompt.
         epochs: how often each rollout is gone through.
         kl_weight: of the divergence from the reference, for each nat.
+        entropy_weight: of the entropy of the next token, which is taken off the loss.
         clip_low, clip_high: see `puna.align.reinforce.losses.policy_loss`.
     """
 
@@ -57,6 +58,7 @@ class Method(ABC):
     samples: int
     epochs: int
     kl_weight: float
+    entropy_weight: float
     clip_low: float
     clip_high: float
 
@@ -69,8 +71,9 @@ class Method(ABC):
         for name in ("samples", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
-        if self.kl_weight < 0:
-            raise ValueError(f"kl_weight is {self.kl_weight}; it cannot be negative.")
+        for name in ("kl_weight", "entropy_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative.")
         if not 0 < self.clip_low < 1 or self.clip_high <= 0:
             raise ValueError(
                 f"clip_low is {self.clip_low} and clip_high {self.clip_high}; the one has to be between 0 and 1, the "
@@ -122,6 +125,9 @@ class PPO(Method):
     arXiv:1909.08593, section 2.2); 0 leaves kl_weight as it is."""
     kl_horizon: int = 10000
     """Answers in which kl_weight is adapted."""
+    entropy_weight: float = 0.0
+    """Of a bonus for being unsure of the next token, for each nat of its entropy, which keeps the model trying
+    (arXiv:1707.06347, equation 9); 0 saves its computation."""
     clip_low: float = 0.2
     """How far the ratio of policies may fall below 1."""
     clip_high: float = 0.2
@@ -137,7 +143,8 @@ class PPO(Method):
     trace: float = 0.95
     """Lambda of generalised advantage estimation: 1 trusts rewards alone, 0 the critic alone."""
     whiten_rewards: bool = False
-    """Divide rewards by their standard deviation in each rollout, after taking off their mean (Llama 2)."""
+    """Divide the rewards of answers by their standard deviation in each rollout, after taking off their mean (Llama 2);
+    the divergence is taken off afterwards, where trl's setting of this name divides both together."""
     critic: Path | None = None
     """Directory of the reward model that the critic begins as; absent, it begins as the model itself with a head of
     zeros."""
@@ -198,6 +205,9 @@ class GRPO(Method):
     kl_correction: bool = True
     """Multiply the estimate by the ratio of policies, so that its gradient is that of the divergence (DeepSeek-V3.2,
     arXiv:2512.02556); false as in DeepSeekMath."""
+    entropy_weight: float = 0.0
+    """Of a bonus for being unsure of the next token, for each nat of its entropy, which keeps the model trying
+    (arXiv:1707.06347, equation 9); 0 saves its computation."""
     clip_low: float = 0.2
     """How far the ratio of policies may fall below 1."""
     clip_high: float = 0.2
@@ -243,6 +253,9 @@ class RLOO(Method):
     kl_weight: float = 0.05
     """Taken off an answer's reward for each nat that the model is away from the reference; 0 does without a
     reference."""
+    entropy_weight: float = 0.0
+    """Of a bonus for being unsure of the next token, for each nat of its entropy, which keeps the model trying
+    (arXiv:1707.06347, equation 9); 0 saves its computation."""
     clip_low: float = 0.2
     """How far the ratio of policies, of whole answers, may fall below 1."""
     clip_high: float = 0.2

@@ -4,7 +4,8 @@ Shapes: N answers, L tokens of the longest answer, B rows (always one), T tokens
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,15 @@ from puna.tokenizer.chat import render_chat
 class RolloutBatch(TokenBatch):
     """Texts side by side in one row, each a prompt with an answer without its last token, which nothing follows.
 
-    Labels are the answers' tokens; the other columns are 0 where there is no label.
+    Labels are the answers' tokens; the columns of floats are 0 where there is no label. Where a prompt is shared, all
+    but its last token is a document of its own, which has a number above those of the answers, and each answer goes on
+    from there with that last token (`puna.kernels.shared`).
     """
 
+    groups_BT: Tensor
+    """The number of each token's prompt in the row."""
+    is_prompt_BT: Tensor
+    """Whether a token belongs to a prompt that several answers go on from."""
     old_BT: Tensor
     """Log-probability of each label by the policy that drew it, as the engine computed it."""
     reference_BT: Tensor
@@ -46,7 +53,7 @@ class RolloutBatch(TokenBatch):
     @property
     def num_answers(self) -> int:
         """Texts."""
-        return int(self.documents_BT.max()) + 1
+        return int(self.documents_BT[~self.is_prompt_BT].max()) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,13 @@ class Rollout:
         return len(self.ids)
 
     def batches(
-        self, chosen: Sequence[int], rows: int, device: torch.device, columns: Mapping[str, Tensor] | None = None
+        self,
+        chosen: Sequence[int],
+        rows: int,
+        device: torch.device,
+        columns: Mapping[str, Tensor] | None = None,
+        *,
+        share_prompts: bool = True,
     ) -> Iterator[RolloutBatch]:
         """Batches of some answers.
 
@@ -80,22 +93,24 @@ class Rollout:
             chosen: numbers of the answers.
             rows: answers in a batch.
             columns: for columns of the batch, by name without shape, values [N, L] on the CPU; zeros for others.
+            share_prompts: let answers to the same prompt that stand side by side go on from one copy of it.
         """
         columns = {"old": self.logprobs_NL} | dict(columns or {})
         for start in range(0, len(chosen), rows):
-            yield self._batch(list(chosen[start : start + rows]), columns).to(device)
+            yield self._batch(list(chosen[start : start + rows]), columns, share_prompts).to(device)
 
-    def _batch(self, chosen: list[int], columns: Mapping[str, Tensor]) -> RolloutBatch:
-        ids: list[int] = []
-        labels: list[int] = []
-        positions: list[Tensor] = []
-        for number in chosen:
-            prompt, answer = self.prompts[number].ids, self.ids[number]
-            ids += (*prompt, *answer[:-1])
-            labels += (*[IGNORE] * (len(prompt) - 1), *answer)
-            positions.append(torch.arange(len(prompt) + len(answer) - 1))
-        labels_1T = torch.tensor([labels])
-        lengths = torch.tensor([len(part) for part in positions])
+    def _batch(self, chosen: list[int], columns: Mapping[str, Tensor], share_prompts: bool) -> RolloutBatch:
+        row = _Row()
+        documents = iter(range(len(chosen)))
+        for group, (prompt, numbers) in enumerate(groupby(chosen, lambda number: self.prompts[number].ids)):
+            answers = [self.ids[number] for number in numbers]
+            shared = len(prompt) - 1 if share_prompts and len(answers) > 1 else 0
+            if shared:
+                row.add(prompt[:shared], [IGNORE] * shared, 0, len(chosen) + group, group, is_prompt=True)
+            for answer in answers:
+                labels = [*[IGNORE] * (len(prompt) - 1 - shared), *answer]
+                row.add((*prompt[shared:], *answer[:-1]), labels, shared, next(documents), group, is_prompt=False)
+        labels_1T = torch.tensor([row.labels])
 
         def column(name: str) -> Tensor:
             values_1T = torch.zeros(labels_1T.shape)
@@ -104,12 +119,37 @@ class Rollout:
             return values_1T
 
         return RolloutBatch(
-            torch.tensor([ids]),
+            torch.tensor([row.ids]),
             labels_1T,
-            torch.cat(positions)[None],
-            torch.arange(len(chosen)).repeat_interleave(lengths)[None],
+            torch.tensor([row.positions]),
+            torch.tensor([row.documents]),
+            torch.tensor([row.groups]),
+            torch.tensor([row.is_prompt]),
             *(column(name) for name in ("old", "reference", "advantages", "returns", "values", "weights")),
         )
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row that grows, document by document."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    is_prompt: list[bool] = field(default_factory=list)
+
+    def add(
+        self, ids: Sequence[int], labels: Sequence[int], first: int, document: int, group: int, *, is_prompt: bool
+    ) -> None:
+        """A document whose first token has the position `first`."""
+        self.ids += ids
+        self.labels += labels
+        self.positions += range(first, first + len(ids))
+        self.documents += [document] * len(ids)
+        self.groups += [group] * len(ids)
+        self.is_prompt += [is_prompt] * len(ids)
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, longest: int, columns: Sequence[str]) -> list[Prompt]:
@@ -152,7 +192,12 @@ def prompts_of_rollout(prompts: Sequence[Prompt], rollout: int, count: int, seed
 
 
 def roll_out(
-    engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: SamplingParams, seed: tuple[int | str, ...]
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    samples: int,
+    sampling: SamplingParams,
+    seed: tuple[int | str, ...],
+    first: int = 0,
 ) -> Rollout:
     """Draw `samples` answers to each prompt; what is computed for a prompt is shared by them.
 
@@ -160,9 +205,13 @@ def roll_out(
         engine: over the model that is trained, which knows of the last update (`Engine.weights_changed`).
         sampling: how answers go on and when they end.
         seed: what the drawing follows from, besides weights and prompts.
+        first: number of the first prompt, where these are some of more; the drawing follows from that too.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    params = [replace(sampling, logprobs=0, seed=derive_seed(*seed, number) % 2**63) for number in range(len(repeated))]
+    params = [
+        replace(sampling, logprobs=0, seed=derive_seed(*seed, first * samples + number) % 2**63)
+        for number in range(len(repeated))
+    ]
     completions = engine.generate([prompt.ids for prompt in repeated], params, new_text=True)
     lengths_N = torch.tensor([len(completion.ids) for completion in completions])
     mask_NL = torch.arange(int(lengths_N.max())) < lengths_N[:, None]

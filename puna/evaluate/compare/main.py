@@ -54,7 +54,7 @@ class CompareConfig:
     tasks: tuple[AnyTask, ...] = ()
     """Tasks to ask every model, as in `puna evaluate`."""
     data: Path | None = None
-    """Folder of benchmark data."""
+    """Folder of benchmark data, or "hub:"; see `puna config evaluate`."""
     evaluations: dict[str, Path] = field(default_factory=dict)
     """Model, as in `models` -> output of `puna evaluate`, where it was asked already; nothing is asked here then."""
     contamination: Path | None = None

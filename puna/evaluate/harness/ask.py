@@ -8,6 +8,7 @@ died, and ends with the same bits.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from puna.evaluate.harness.cache import AnswerCache
@@ -47,6 +48,11 @@ class Asker:
         self.engine = engine
         self._cache = cache
         self._encoder = Encoder(engine.tokenizer, engine.max_context, read_special=read_special)
+
+    @property
+    def kept(self) -> Path:
+        """Where answers are kept."""
+        return self._cache.path
 
     def ask(self, requests: Sequence[Request], title: str = "Asking") -> list[Answer]:
         """The answer to each request, in the order given.

@@ -19,10 +19,14 @@ class AnswerCache:
     Args:
         path: made where it is absent; ":memory:" is no file, but the memory.
         model: what tells the model, and how it computes, from others.
+
+    Attributes:
+        path: as given.
     """
 
     def __init__(self, path: Path, model: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self._model = model
         self._connection = sqlite3.connect(path, timeout=60)
         self.close = weakref.finalize(self, self._connection.close)

@@ -90,7 +90,7 @@ def evaluate(asker: Asker, prepared: Prepared) -> Result:
             answers[place] += [next(given) for _ in requests]
         follow_ups = ((place, task.follow_up(examples[place], answers[place])) for place in pending)
         pending = {place: requests for place, requests in follow_ups if requests}
-    scores = task.score_all(examples, answers)
+    scores = task.score_all(examples, answers, asker.kept)
     samples = [
         {
             "task": task.title,

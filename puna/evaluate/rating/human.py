@@ -21,6 +21,7 @@ from puna.runtime.manifest import Manifest, content_hash
 from puna.runtime.progress import say
 
 _JUDGED_FILE = "judge_ratings.jsonl"
+_JUDGE_ANSWERS_FILE = "judge.answers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def _comparisons(config: RateConfig) -> tuple[list[Comparison], int]:
 def _judge(config: RateConfig, judge: JudgeConfig, comparisons: Sequence[Comparison], same: int) -> None:
     if not comparisons:
         raise InputError("There is nothing to compare: no prompt has two different answers.")
-    ratings = judge_comparisons(comparisons, judge)
+    ratings = judge_comparisons(comparisons, judge, config.output / _JUDGE_ANSWERS_FILE)
     config.output.mkdir(parents=True, exist_ok=True)
     write_jsonl(config.output / _JUDGED_FILE, map(asdict, ratings))
     inputs = inputs_of(config)

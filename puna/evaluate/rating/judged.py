@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from puna.batches.preferences import Messages
 from puna.evaluate.judge import JudgeConfig, judge_all
@@ -29,21 +30,25 @@ First say in a few sentences how the answers differ. Then end with one of these 
 [[B>>A]] answer B is significantly better"""
 
 
-def judge_comparisons(comparisons: Sequence[Comparison], config: JudgeConfig) -> list[Rating]:
+def judge_comparisons(comparisons: Sequence[Comparison], config: JudgeConfig, kept: Path | None = None) -> list[Rating]:
     """The judge's ratings, two for each comparison but where its verdict cannot be read.
 
     The scale is that of Arena-Hard (T. Li et al. 2024, arXiv:2406.11939, appendix), as strengths "slightly" and
     "significantly better".
 
+    Args:
+        kept: see `puna.evaluate.judge.judge_all`.
+
     Raises:
-        InputError: see `puna.evaluate.judge.judge_all`.
+        InputError: see there.
     """
     turns: list[tuple[Comparison, str, Answer, Answer]] = []
     for each in comparisons:
         first, second = each.answers
         turns += [(each, RATERS[0], first, second), (each, RATERS[1], second, first)]
     started = time.monotonic()
-    judged = judge_all(config, [_ask(each.prompt, left, right) for each, _, left, right in turns], read_verdict)
+    asked = [_ask(each.prompt, left, right) for each, _, left, right in turns]
+    judged = judge_all(config, asked, read_verdict, kept)
     seconds = (time.monotonic() - started) / max(1, len(turns))
     return [
         Rating(

@@ -1,10 +1,11 @@
 """CMMLU: Chinese school and professional questions on 67 subjects (Li et al. 2023, arXiv:2306.09212)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from puna.evaluate.tasks.data import Row, csv_rows
+from puna.evaluate.tasks.hub import Published
 from puna.evaluate.tasks.letters import LETTERS, AnswerLetter
 from puna.evaluate.tasks.task import Example
 
@@ -30,6 +31,10 @@ class Cmmlu(AnswerLetter):
     questions: ClassVar[str] = "test"
     answer_cue: ClassVar[str] = "答案："
 
+    def published(self, folder: str) -> Published:
+        """A configuration for each subject."""
+        return Published("haonan-li/cmmlu", folder, _from_hub, tuple(_SUBJECTS))
+
     def rows(self, text: str, name: str) -> Iterator[Row]:
         """The files begin with a line of names."""
         for row in csv_rows(text, name):
@@ -39,6 +44,11 @@ class Cmmlu(AnswerLetter):
     def describe(self, example: Example) -> str:
         """Names the subject in Chinese."""
         return f"以下是关于{_SUBJECTS[example.group]}的单项选择题，请直接给出正确答案的选项。\n\n"
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    answers = {letter: row[letter] for letter in LETTERS}
+    return {"question": row["Question"], "answer": row["Answer"], "subject": configuration, **answers}
 
 
 _SUBJECTS = {

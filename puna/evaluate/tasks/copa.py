@@ -1,11 +1,12 @@
 """COPA: what is the cause, what the effect? (Roemmele et al. 2011, "Choice of Plausible Alternatives")"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puna.evaluate.tasks.choice import MultipleChoice
-from puna.evaluate.tasks.data import data_file, read_rows
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.task import Example
 
 
@@ -26,7 +27,7 @@ class Copa(MultipleChoice):
     def read(self, data: Path | None) -> list[Example]:
         """The questions."""
         examples = []
-        for row in read_rows(data_file(data, "copa.jsonl")):
+        for row in read_questions(data, "copa.jsonl", PUBLISHED):
             choices = tuple(f" {choice}" for choice in row.texts("choices"))
             gold = row.index("gold", len(choices))
             examples.append(
@@ -40,3 +41,12 @@ class Copa(MultipleChoice):
                 )
             )
         return examples
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    connector = {"cause": "because", "effect": "therefore"}[row["question"]]
+    choices = [choice[0].lower() + choice[1:] for choice in (row["choice1"], row["choice2"])]
+    return {"query": f"{row['premise'].strip()[:-1]}, {connector}", "choices": choices, "gold": row["label"]}
+
+
+PUBLISHED = Published("aps/super_glue", "validation", _from_hub, ("copa",))

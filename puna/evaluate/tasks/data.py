@@ -1,4 +1,4 @@
-"""Rows of benchmark files, each knowing where it stands: local files, as they are published."""
+"""Rows of benchmark files, each knowing where it stands: local files, as they are published. `hub` has the others."""
 
 import csv
 import gzip
@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 from puna.runtime.errors import InputError
 
 Value = TypeVar("Value")
+
+HUB = Path("hub:")
+"""In place of the folder of benchmark data: the Hugging Face hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,11 @@ class Row:
 _NAMES: dict[type, str] = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
 
 
+def is_hub(data: Path | None) -> bool:
+    """Whether questions are to be read from the hub."""
+    return data == HUB
+
+
 def data_file(data: Path | None, name: str) -> Path:
     """A file of the folder of benchmark data.
 
@@ -72,7 +80,12 @@ def data_file(data: Path | None, name: str) -> Path:
         InputError: no folder was named, or the file is not in it.
     """
     if data is None:
-        raise InputError(f"This task reads {name} from the folder of benchmark data: set data to that folder.")
+        raise InputError(
+            f"This task reads {name} from the folder of benchmark data: set data to that folder, or to "
+            f'"{HUB}" to download published questions from the Hugging Face hub.'
+        )
+    if is_hub(data):
+        raise InputError(f"{name} is not on the Hugging Face hub in a form that this task reads: set data to a folder.")
     path = data / name
     if not path.is_file():
         here = "" if data.is_dir() else f" {data} is no folder."

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from puna.evaluate.tasks.data import data_file, read_rows
 from puna.evaluate.tasks.generation import GeneratedAnswers
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.task import Example
 from puna.runtime.errors import InputError
 
@@ -38,11 +38,11 @@ class Gsm8k(GeneratedAnswers):
 
     def read(self, data: Path | None) -> list[Example]:
         """The questions."""
-        return _read(data_file(data, "gsm8k/test.jsonl.gz"))
+        return _read(data, "test")
 
     def read_shots(self, data: Path | None) -> list[Example]:
         """Those of the training data."""
-        return _read(data_file(data, "gsm8k/train.jsonl.gz"))
+        return _read(data, "train")
 
     def values(self, example: Example, answer: str) -> dict[str, float]:
         """Both ways to find the answer's number, equal to the reference's string but for commas and the like."""
@@ -54,9 +54,10 @@ class Gsm8k(GeneratedAnswers):
         }
 
 
-def _read(path: Path) -> list[Example]:
+def _read(data: Path | None, part: str) -> list[Example]:
     examples = []
-    for row in read_rows(path):
+    published = Published("openai/gsm8k", part, lambda row, _: row, ("main",))
+    for row in read_questions(data, f"gsm8k/{part}.jsonl.gz", published):
         solution = row.get("answer", str)
         if not _STRICT.search(solution):
             raise InputError(f"{row.where}: the answer does not say what it comes to, behind ####.")

@@ -1,12 +1,13 @@
 """HellaSwag: how does a scene go on? (Zellers et al. 2019, arXiv:1905.07830)"""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puna.evaluate.tasks.choice import MultipleChoice
-from puna.evaluate.tasks.data import data_file, read_rows
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.task import Example
 
 
@@ -27,7 +28,7 @@ class HellaSwag(MultipleChoice):
     def read(self, data: Path | None) -> list[Example]:
         """The questions, cleaned as in lm-eval."""
         examples = []
-        for row in read_rows(data_file(data, "hellaswag/val_0_2500.jsonl.gz")):
+        for row in read_questions(data, "hellaswag/val_0_2500.jsonl.gz", PUBLISHED):
             choices, gold = tuple(map(clean, row.texts("endings"))), row.index("label", len(row.texts("endings")))
             examples.append(
                 Example(
@@ -46,3 +47,11 @@ def clean(text: str) -> str:
     """Without the marks in brackets that texts of WikiHow carry."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    ctx = f"{row['activity_label']}: {row['ctx']}"
+    return {"ind": row["ind"], "ctx": ctx, "endings": row["endings"], "label": int(row["label"])}
+
+
+PUBLISHED = Published("Rowan/hellaswag", "validation", _from_hub)

@@ -1,15 +1,15 @@
 """MATH: problems of mathematics competitions (Hendrycks et al. 2021, arXiv:2103.03874)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from puna.evaluate.algebra import equivalent_all
-from puna.evaluate.maths import between_dollars, equal_strings
+from puna.evaluate.maths import between_dollars, equal_strings, last_boxed
 from puna.evaluate.scorers import same_maths
-from puna.evaluate.tasks.data import data_file, read_rows
 from puna.evaluate.tasks.generation import GeneratedAnswers, summed_up
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.request import Answer, Generated
 from puna.evaluate.tasks.task import Example, Score
 
@@ -46,7 +46,7 @@ class HendrycksMath(GeneratedAnswers):
                 group=row.get("category", str),
                 extra={"answer": row.get("answer", str)},
             )
-            for row in read_rows(data_file(data, "math.jsonl.gz"))
+            for row in read_questions(data, "math.jsonl.gz", PUBLISHED)
         ]
 
     def values(self, example: Example, answer: str) -> dict[str, float]:
@@ -57,7 +57,9 @@ class HendrycksMath(GeneratedAnswers):
             "exact_match": float(equal_strings(between_dollars(answer), reference)),
         }
 
-    def score_all(self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> list[Score]:
+    def score_all(
+        self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]], kept: Path | None = None
+    ) -> list[Score]:
         """Asks computer algebra about all answers that strings and numbers leave open, if it is to be asked."""
         if not self.algebra:
             return super().score_all(examples, answers)
@@ -78,3 +80,23 @@ class HendrycksMath(GeneratedAnswers):
             summed_up(own, of_own, {"reference": example.target})
             for example, own, of_own in zip(examples, given, values, strict=True)
         ]
+
+
+_CATEGORIES = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    solution = row["solution"]
+    answer = last_boxed(solution)
+    return {"context": row["problem"], "answer": answer, "chain_of_thought": solution, "category": configuration}
+
+
+PUBLISHED = Published("EleutherAI/hendrycks_math", "test", _from_hub, _CATEGORIES)

@@ -3,12 +3,13 @@
 Paperno et al. 2016, arXiv:1606.06031.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puna.evaluate.tasks.continuation import OneContinuation
-from puna.evaluate.tasks.data import data_file, read_rows
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.task import Example
 
 
@@ -33,5 +34,13 @@ class Lambada(OneContinuation):
                 prompt=row.get("context", str),
                 target=f" {row.get('continuation', str)}",
             )
-            for row in read_rows(data_file(data, "lambada_openai.jsonl.gz"))
+            for row in read_questions(data, "lambada_openai.jsonl.gz", PUBLISHED)
         ]
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    context, _, word = row["text"].rpartition(" ")
+    return {"context": context, "continuation": word}
+
+
+PUBLISHED = Published("EleutherAI/lambada_openai", "test", _from_hub)

@@ -1,13 +1,15 @@
 """Questions answered by the letter of an answer, as in MMLU: what its family shares."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from puna.evaluate.tasks.choice import MultipleChoice
-from puna.evaluate.tasks.data import Row, data_file, read_archive
+from puna.evaluate.tasks.data import Row, data_file, is_hub, read_archive
+from puna.evaluate.tasks.hub import Published, hub_rows
 from puna.evaluate.tasks.task import Example, Metric, Score
 from puna.runtime.errors import InputError
 
@@ -24,6 +26,10 @@ class AnswerLetter(MultipleChoice):
     archive: ClassVar[str]
     questions: ClassVar[str]
     answer_cue: ClassVar[str]
+
+    @abstractmethod
+    def published(self, folder: str) -> Published:
+        """What of the hub is in place of a folder of the archive; its rows say their "subject", too."""
 
     @abstractmethod
     def rows(self, text: str, name: str) -> Iterator[Row]:
@@ -43,18 +49,25 @@ class AnswerLetter(MultipleChoice):
         return {name: found[name] for name in ("accuracy", "calibration_error")}
 
     def _examples(self, data: Path | None, folder: str) -> list[Example]:
+        by_subject = self._of_hub(folder) if is_hub(data) else self._of_archive(data, folder)
+        if unknown := [subject for subject in self.subjects if subject not in by_subject]:
+            source = self.published(folder).repository if is_hub(data) else self.archive
+            raise InputError(
+                f"{source} holds no {self.questions} file of {unknown[0]!r}. Subjects: {', '.join(by_subject)}."
+            )
+        wanted = self.subjects or tuple(by_subject)
+        return [_example(row, subject, self.answer_cue) for subject in wanted for row in by_subject[subject]]
+
+    def _of_archive(self, data: Path | None, folder: str) -> dict[str, Iterable[Row]]:
         texts = read_archive(data_file(data, self.archive))
         files = {PurePosixPath(name).stem.removesuffix(f"_{folder}"): name for name in texts if _in(name, folder)}
-        if unknown := [subject for subject in self.subjects if subject not in files]:
-            raise InputError(
-                f"{self.archive} holds no {self.questions} file of {unknown[0]!r}. Subjects: {', '.join(files)}."
-            )
-        wanted = self.subjects or tuple(files)
-        return [
-            _example(row, subject, self.answer_cue)
-            for subject in wanted
-            for row in self.rows(texts[files[subject]], f"{self.archive}: {files[subject]}")
-        ]
+        return {subject: self.rows(texts[name], f"{self.archive}: {name}") for subject, name in files.items()}
+
+    def _of_hub(self, folder: str) -> dict[str, Iterable[Row]]:
+        found: dict[str, list[Row]] = defaultdict(list)
+        for row in hub_rows(self.published(folder), self.archive, self.subjects):
+            found[row.get("subject", str)].append(row)
+        return {subject: found[subject] for subject in sorted(found)}
 
 
 def _in(name: str, folder: str) -> bool:

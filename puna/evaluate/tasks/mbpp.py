@@ -89,7 +89,9 @@ class Mbpp(GeneratedAnswers):
         """Whether it passes."""
         return _verdict(*run_all([self.program(example, answer)], self.limits, 1, allow_unsafe=self.allow_unsafe))
 
-    def score_all(self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> list[Score]:
+    def score_all(
+        self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]], kept: Path | None = None
+    ) -> list[Score]:
         """Run all programs side by side, and count those that pass."""
         given = [cast(Sequence[Generated], own) for own in answers]
         pairs = zip(examples, given, strict=True)

@@ -102,7 +102,9 @@ class TwoTurns(Task):
         return score
 
     @abstractmethod
-    def score_all(self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> list[Score]:
+    def score_all(
+        self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]], kept: Path | None = None
+    ) -> list[Score]:
         """All conversations go to the judge at once.
 
         Raises:
@@ -139,14 +141,16 @@ class MtBench(TwoTurns):
 
     judge_prompts: ClassVar = ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
 
-    def score_all(self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> list[Score]:
+    def score_all(
+        self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]], kept: Path | None = None
+    ) -> list[Score]:
         """Two ratings for each conversation."""
         asked = []
         for example, given in zip(examples, answers, strict=True):
             first, second = _texts(given)
             fields = {"answer": first, "answer_1": first, "answer_2": second}
             asked += [_for_judge(example, turn, fields) for turn in (0, 1)]
-        judged = judge_all(self.judge, asked, read_rating)
+        judged = judge_all(self.judge, asked, read_rating, kept)
         return [
             _scored("rating", example, given, [one.verdict for one in own], [[one.text] for one in own])
             for example, given, own in zip(examples, answers, _in_parts(judged, 2), strict=True)
@@ -191,7 +195,9 @@ class MtBenchPairs(TwoTurns):
         """The data, and the other model's answers."""
         return [*super().inputs(data), self.against]
 
-    def score_all(self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> list[Score]:
+    def score_all(
+        self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]], kept: Path | None = None
+    ) -> list[Score]:
         """Two comparisons for each conversation, each in both orders."""
         asked = []
         for example, given in zip(examples, answers, strict=True):
@@ -201,7 +207,7 @@ class MtBenchPairs(TwoTurns):
                     fields = {"answer_a": a[0], "answer_a_1": a[0], "answer_a_2": a[1]}
                     fields |= {"answer_b": b[0], "answer_b_1": b[0], "answer_b_2": b[1]}
                     asked.append(_for_judge(example, turn, fields))
-        judged = judge_all(self.judge, asked, read_winner)
+        judged = judge_all(self.judge, asked, read_winner, kept)
         scores = []
         for example, given, own in zip(examples, answers, _in_parts(judged, 4), strict=True):
             turns = _in_parts(own, 2)

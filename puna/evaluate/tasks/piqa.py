@@ -1,11 +1,12 @@
 """PIQA: which of two ways of doing something works? (Bisk et al. 2020, arXiv:1911.11641)"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puna.evaluate.tasks.choice import MultipleChoice
-from puna.evaluate.tasks.data import data_file, read_rows
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.task import Example
 
 
@@ -25,7 +26,7 @@ class Piqa(MultipleChoice):
     def read(self, data: Path | None) -> list[Example]:
         """The questions."""
         examples = []
-        for row in read_rows(data_file(data, "piqa.jsonl")):
+        for row in read_questions(data, "piqa.jsonl", PUBLISHED):
             choices = row.texts("choices")
             gold = row.index("gold", len(choices))
             examples.append(
@@ -39,3 +40,11 @@ class Piqa(MultipleChoice):
                 )
             )
         return examples
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    choices = [row["sol1"], row["sol2"]]
+    return {"query": f"Question: {row['goal']}\n", "choices": choices, "gold": int(row["label"])}
+
+
+PUBLISHED = Published("baber/piqa", "validation", _from_hub)

@@ -79,7 +79,9 @@ class Refusal(GeneratedAnswers):
         (refused,) = self._refused([answer])
         return {"refused": float(refused), "empty": float(not answer.strip())}
 
-    def score_all(self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> list[Score]:
+    def score_all(
+        self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]], kept: Path | None = None
+    ) -> list[Score]:
         """All answers at once, for the classifier."""
         given = [cast(Sequence[Generated], own) for own in answers]
         texts = [answer.text for own in given for answer in own]

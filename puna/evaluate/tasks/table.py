@@ -16,6 +16,7 @@ TASKS = {
     "winogrande": "puna.evaluate.tasks.winogrande:WinoGrande",
     "copa": "puna.evaluate.tasks.copa:Copa",
     "lambada": "puna.evaluate.tasks.lambada:Lambada",
+    "needle": "puna.evaluate.tasks.needle:Needle",
     "perplexity": "puna.evaluate.tasks.perplexity:Perplexity",
     "gsm8k": "puna.evaluate.tasks.gsm8k:Gsm8k",
     "math": "puna.evaluate.tasks.hendrycks_math:HendrycksMath",

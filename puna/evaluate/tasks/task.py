@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.evaluate.statistics.intervals import estimate, wilson
+from puna.evaluate.tasks.data import is_hub
 from puna.evaluate.tasks.request import Answer, Prompt, Request
 from puna.runtime.errors import InputError
 
@@ -112,7 +113,7 @@ class Task(ABC):
 
     def inputs(self, data: Path | None) -> list[Path]:
         """What its questions are read from, for the record."""
-        return [] if data is None else [data]
+        return [] if data is None or is_hub(data) else [data]
 
     def read_shots(self, data: Path | None) -> list[Example] | None:
         """Examples to take shots from, in the order in which they are taken; None: the questions, by the seed."""
@@ -149,8 +150,14 @@ class Task(ABC):
     def score(self, example: Example, answers: Sequence[Answer]) -> Score:
         """What the answers to one example's requests are worth."""
 
-    def score_all(self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> list[Score]:
-        """`score` of each example, for tasks that do better with all at once (programs to run, a judge to ask)."""
+    def score_all(
+        self, examples: Sequence[Example], answers: Sequence[Sequence[Answer]], kept: Path | None = None
+    ) -> list[Score]:
+        """`score` of each example, for tasks that do better with all at once (programs to run, a judge to ask).
+
+        Args:
+            kept: file of answers that models have given (`AnswerCache`), where a judge's are kept as well.
+        """
         return [self.score(example, given) for example, given in zip(examples, answers, strict=True)]
 
     def metrics(self, examples: Sequence[Example], scores: Sequence[Score]) -> dict[str, Metric]:

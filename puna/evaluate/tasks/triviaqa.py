@@ -1,13 +1,14 @@
 """TriviaQA: questions of quizzes, asked without the pages that answer them (Joshi et al. 2017, arXiv:1705.03551)."""
 
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puna.evaluate.scorers import f1, mentions
-from puna.evaluate.tasks.data import data_file, read_rows
 from puna.evaluate.tasks.generation import GeneratedAnswers
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.task import Example
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -42,7 +43,7 @@ class TriviaQa(GeneratedAnswers):
                 target=f" {row.get('answer', str)}",
                 extra={"aliases": row.texts("aliases")},
             )
-            for row in read_rows(data_file(data, "triviaqa_sm_sub.jsonl.gz"))
+            for row in read_questions(data, "triviaqa_sm_sub.jsonl.gz", PUBLISHED)
         ]
 
     def values(self, example: Example, answer: str) -> dict[str, float]:
@@ -57,3 +58,11 @@ class TriviaQa(GeneratedAnswers):
 
 def _comparable(text: str) -> str:
     return text.lower().translate(_PUNCTUATION)
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    answer = row["answer"]
+    return {"context": f"Question: {row['question']}\nAnswer:", "answer": answer["value"], "aliases": answer["aliases"]}
+
+
+PUBLISHED = Published("mandarjoshi/trivia_qa", "validation", _from_hub, ("rc.nocontext",))

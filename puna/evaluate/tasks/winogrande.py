@@ -1,12 +1,12 @@
 """WinoGrande: whom does a sentence mean? (Sakaguchi et al. 2020, arXiv:1907.10641)"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puna.evaluate.tasks.choice import MultipleChoice
-from puna.evaluate.tasks.data import data_file, read_rows
+from puna.evaluate.tasks.hub import Published, read_questions
 from puna.evaluate.tasks.request import Prompt
 from puna.evaluate.tasks.task import Example, Metric, Score, means
 
@@ -33,7 +33,7 @@ class WinoGrande(MultipleChoice):
     def read(self, data: Path | None) -> list[Example]:
         """The sentences."""
         examples = []
-        for row in read_rows(data_file(data, "winogrande.jsonl")):
+        for row in read_questions(data, "winogrande.jsonl", PUBLISHED):
             beginnings, end = row.texts("context_options"), row.get("continuation", str)
             gold = row.index("gold", len(beginnings))
             examples.append(
@@ -62,3 +62,12 @@ class WinoGrande(MultipleChoice):
     def metrics(self, examples: Sequence[Example], scores: Sequence[Score]) -> dict[str, Metric]:
         """Accuracy alone: what is scored is as long for each choice."""
         return {"accuracy": means(examples, scores)["accuracy"]}
+
+
+def _from_hub(row: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    before, _, after = row["sentence"].partition("_")
+    names = [before + row["option1"], before + row["option2"]]
+    return {"context_options": names, "continuation": after.strip(), "gold": int(row["answer"]) - 1}
+
+
+PUBLISHED = Published("allenai/winogrande", "validation", _from_hub, ("winogrande_xl",))

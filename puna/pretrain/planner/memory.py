@@ -27,7 +27,7 @@ class Numerics:
     compile: bool = True
     """Layers compiled: element-wise operations are fused, and less is kept for the backward pass."""
     chunked_loss: bool = True
-    """The loss never holds all logits (`puna.train.cross_entropy`)."""
+    """The loss never holds all logits (`puna.train.cross_entropy`); with tensor parallelism it does, in parts."""
     async_tensor: bool = False
     """Tensor parallelism's collectives are pipelined with the products beside them."""
     optimizer_bytes: int = 8
@@ -219,10 +219,12 @@ def _stage_memory(
         final = (4 * model.dim + 4 + 2 * _ELEMENT * model.dim) * tokens / layout.tensor
         # The output projection in bfloat16, and
         logits = _ELEMENT * model.vocab_size * model.dim / layout.tensor
-        if numerics.chunked_loss:  # gradients of the hidden states and of the output projection
-            logits += (_ELEMENT * tokens * model.dim + 4 * model.vocab_size * model.dim) / layout.tensor
+        if layout.tensor > 1:  # whole hidden states, and torch's parallel loss on a share of all logits
+            logits += _ELEMENT * tokens * model.dim + 16 * tokens * model.vocab_size / layout.tensor
+        elif numerics.chunked_loss:  # gradients of the hidden states and of the output projection
+            logits += _ELEMENT * tokens * model.dim + 4 * model.vocab_size * model.dim
         else:  # in float32: log-probabilities, their gradient, and that of the logits
-            logits += 12 * tokens * model.vocab_size / layout.tensor
+            logits += 12 * tokens * model.vocab_size
     again = 0.0
     if layout.checkpointing != "none":
         # What was kept is used again.
@@ -230,6 +232,8 @@ def _stage_memory(
 
     # Gradients of the widest activations: of gate, up, and their product.
     again += 3 * _ELEMENT * tokens * model.hidden_dim / layout.tensor
+    if layout.tensor > 1:  # and that of a half layer's input, whole until it is added up
+        again += _ELEMENT * tokens * model.dim
 
     # What is gathered while the loss is computed: both ends in float32 and the layer fetched ahead in bfloat16. In the
     # backward pass there are the layer in use and the gradients of the ends too. A layer's gradients wait in float32 to
@@ -241,7 +245,11 @@ def _stage_memory(
         at_loss = in_backward = _ELEMENT * (whole + ends) + unreduced
     if shards == 1:
         at_loss = in_backward = 0.0
-    state = Memory(4 * own, 4 * own, numerics.optimizer_bytes * own, kept, 0.0, 0.0)
+    gradients = 4 * own
+    if stage.first and layout.data * layout.context == 1:
+        # DTensor gives an embedding that is split by vocabulary its whole gradient. FSDP2 cuts it at once.
+        gradients += 4 * sizes.embedding * (1 - 1 / layout.tensor)
+    state = Memory(4 * own, gradients, numerics.optimizer_bytes * own, kept, 0.0, 0.0)
     loss_phase = replace(state, activations=kept + final, logits=logits, gathered=at_loss)
     backward_phase = replace(state, activations=kept + again, gathered=in_backward)
     return max(loss_phase, backward_phase, key=lambda memory: memory.total)

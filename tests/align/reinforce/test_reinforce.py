@@ -233,6 +233,7 @@ def test_refusals(name: str, base_model: Path, prompts: Path, tmp_path: Path) ->
         ("rewards=[]", "rewards is empty"),
         ("judge=some", "held_out_prompts"),
         ("sampling.max_tokens=128", "leave room"),
+        ("train.parallel.tensor=2", "only data and shard"),
     ],
 )
 def test_refused_settings(more: str, message: str, base_model: Path, prompts: Path, tmp_path: Path) -> None:

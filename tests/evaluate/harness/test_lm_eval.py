@@ -1,7 +1,8 @@
 """Scores beside lm-eval's: its own task files, its own model class, the same model directory and questions.
 
 Log-likelihoods may differ by rounding, as the two multiply matrices of other shapes: sums of some 50 float32 numbers of
-about 10, so within 1e-3. Everything that follows from them is equal.
+about 10, so within 1e-3. Everything that follows from them is equal. All tests that load lm-eval stand here, so that
+one process does.
 """
 
 import os
@@ -9,11 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from puna.evaluate.harness.encode import rolling_windows
 from puna.evaluate.harness.run import Result, evaluate, prepare
+from puna.evaluate.tasks.request import Generation
+from puna.runtime.errors import InputError
 from puna.runtime.files import read_json, write_jsonl
 
 CLOSE = pytest.approx
@@ -132,6 +139,57 @@ def test_perplexities_equal_those_of_lm_eval(
     theirs = run_lm_eval(lm_eval_model(directory, add_bos_token=False), task)
     for name in names:
         assert ours.metrics[name].value == CLOSE(theirs["results"][name], rel=1e-5)
+
+
+@given(length=st.integers(2, 60), context=st.integers(1, 20), data=st.data())
+def test_windows_are_those_of_lm_eval_and_predict_each_token_once(length: int, context: int, data: Any) -> None:
+    stride = data.draw(st.integers(1, context))
+    ids = list(range(length))
+    windows = rolling_windows(ids, context, stride)
+    assert [i for w in windows for i in [*w.ids, w.next][w.first :]] == ids[1:]
+    assert all(1 <= w.first <= len(w.ids) <= context for w in windows)
+    theirs = pytest.importorskip("lm_eval.utils").get_rolling_token_windows(ids[1:], 0, context, context - stride + 1)
+    assert [([*w.ids], [*w.ids, w.next][-w.num_scored :]) for w in windows] == list(theirs)
+
+
+def test_puna_as_a_model_of_lm_eval(make_model, lm_eval_model):
+    """Everything that its tasks ask for, beside its own class, also where the context is too short."""
+    directory = make_model(64)
+    theirs = lm_eval_model(directory, add_bos_token=None)
+    from lm_eval.api.registry import get_model
+
+    from puna.evaluate.harness import lm_eval_model as module
+
+    assert get_model("puna") is module.PunaLM
+    ours = module.PunaLM.create_from_arg_string(
+        f"pretrained={directory},num_threads=1", {"batch_size": 4, "device": "cpu"}
+    )
+
+    def instances(*args: tuple[Any, ...]) -> list[Any]:
+        return [SimpleNamespace(args=each) for each in args]
+
+    pairs = instances(
+        ("the llama", " walks"), ("", "the llama"), ("the llama walks to a " * 20, " good city"), ("a ", "b")
+    )
+    expected = theirs.loglikelihood(pairs, disable_tqdm=True)
+    for (log_likelihood, greedy), (other, other_greedy) in zip(ours.loglikelihood(pairs), expected, strict=True):
+        assert (log_likelihood, greedy) == (pytest.approx(other, abs=1e-3), other_greedy)
+    # lm-eval puts a BOS before the BOS that the tokenizer puts: without the latter, both predict the same tokens.
+    theirs.add_bos_token = False
+    texts = instances(("the llama walks to a good city in Peru " * 10,), ("x",))
+    rolling = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(rolling, abs=1e-3)
+    theirs.add_bos_token = None
+    greedy = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False, "temperature": 0.0}
+    asked = instances(("the llama walks", greedy), ("a good bad city", greedy))
+    assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
+    with pytest.raises(InputError, match="'num_beams'"):
+        ours.generate_until(instances(("the llama", {**greedy, "num_beams": 2})))
+    drawn = {"do_sample": True, "max_gen_toks": 8}
+    assert len(set(ours.generate_until(instances(*[("the llama", drawn)] * 4)))) > 1
+    chat = ours.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert chat == theirs.apply_chat_template([{"role": "user", "content": "Hi"}]).removeprefix("<|begin_of_text|>")
+    assert ours._asker._encoder.prompt(Generation(chat, 1))[0] == theirs.tok_encode("<|begin_of_text|>" + chat)
 
 
 @pytest.mark.slow

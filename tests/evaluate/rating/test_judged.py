@@ -38,7 +38,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
 
     def judge_all(
-        config: JudgeConfig, conversations: Sequence[Any], read: Callable[[str], int | None]
+        config: JudgeConfig, conversations: Sequence[Any], read: Callable[[str], int | None], kept: Path | None
     ) -> list[Judgement[int]]:
         found = []
         for _, message in conversations:

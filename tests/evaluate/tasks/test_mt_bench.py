@@ -173,6 +173,28 @@ def test_unreadable_verdicts_are_asked_for_again_then_counted_then_refused(judge
         generous.score_all(examples, answers)
 
 
+def test_what_a_judge_has_said_is_kept(judge: Judge, tmp_path: Path) -> None:
+    """Second attempts as well; and what was said before a server broke down."""
+    kept = tmp_path / "answers"
+    conversations = [[{"role": "user", "content": f"Question {n}?"}] for n in range(20)]
+    judge.decide = lambda prompt: "[[7]]" if judge.asked[-1]["temperature"] else "Hm."
+    first = judge_all(judge.config, conversations[:1], read_rating, kept)
+    assert [body["temperature"] for body in judge.asked] == [0.0, 0.7]
+    assert judge_all(judge.config, conversations[:1], read_rating, kept) == first
+    assert len(judge.asked) == 2
+
+    judge.decide = lambda prompt: None if "19" in prompt else "[[6]]"
+    with pytest.raises(InputError, match="answers 500"):
+        judge_all(judge.config, conversations, read_rating, kept)
+    judge.asked.clear()
+    judge.decide = lambda prompt: "[[5]]"
+    found = judge_all(judge.config, conversations, read_rating, kept)
+    assert [one.verdict for one in found] == [7.0, *[6.0] * 16, *[5.0] * 3]
+    assert len(judge.asked) == 3
+    other = JudgeConfig(url=judge.config.url, name="another", parallel=2)
+    assert [one.verdict for one in judge_all(other, conversations[:2], read_rating, kept)] == [5.0, 5.0]
+
+
 @pytest.mark.parametrize("ours_are_better", [True, False])
 def test_comparisons_in_both_orders(judge: Judge, data: Path, tmp_path: Path, ours_are_better: bool) -> None:
     # By turns, so that both forms of the other model's answers are read.
@@ -230,12 +252,17 @@ def test_what_a_server_does_wrong_is_said(judge: Judge) -> None:
         judge_all(JudgeConfig(url="http://127.0.0.1:1/v1"), [conversation], read_rating)
 
 
-def test_a_model_of_ours_that_talks_nonsense_is_refused(base_model: Path) -> None:
+def test_a_model_of_ours_that_talks_nonsense_is_refused(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = JudgeConfig(model=base_model, max_tokens=4)
     with pytest.raises(InputError, match="2 of 2 verdicts of the judge"):
         judge_all(config, [[{"role": "user", "content": "Good?"}]] * 2, read_rating)
-    (found,) = judge_all(config, [[{"role": "user", "content": "Good?"}]], lambda text: len(text))
+    kept = tmp_path / "answers"
+    (found,) = judge_all(config, [[{"role": "user", "content": "Good?"}]], len, kept)
     assert found.verdict == len(found.text) > 0
+    monkeypatch.setattr("puna.infer.engine.Engine.step", None)  # nothing is computed again
+    assert judge_all(config, [[{"role": "user", "content": "Good?"}]], len, kept) == [found]
 
 
 def test_settings_that_make_no_sense_are_refused(data: Path) -> None:
