@@ -114,9 +114,12 @@ class _SabotagedRows:
 
 @torch.no_grad()
 def flip_bit(parameter: torch.Tensor) -> None:
-    """Turn the lowest bit of the mantissa of this rank's first number of a parameter."""
+    """Turn a bit of the mantissa of this rank's first number of a parameter.
+
+    One in the middle: the lowest may be rounded away by the next update, before anyone has looked.
+    """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    local.view(torch.int32).view(-1)[0] ^= 1
+    local.view(torch.int32).view(-1)[0] ^= 1 << 10
 
 
 @contextmanager
