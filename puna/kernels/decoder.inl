@@ -85,11 +85,7 @@ static inline void turn(float *head, const float *norm, float eps, const float *
     }
 }
 
-// x / (1 + e^-x)
-static inline Vector silu(Vector x) {
-    const Vector size = x < 0 ? -x : x, e = exponential(-size);
-    return x * (x < 0 ? e : Vector{} + 1.0f) / (1.0f + e);
-}
+static inline Vector silu(Vector x) { return x * logistic(x); }
 
 // Where a slot's keys or values of a group are.
 template <typename Stored>

@@ -62,12 +62,6 @@ static void norm_backward(const float *x, const float *weight, const float *inve
     }
 }
 
-// 1 / (1 + e^-x), without overflow.
-static inline Vector logistic(Vector x) {
-    const Vector small = exponential(x < 0.0f ? x : -x);
-    return (x < 0.0f ? small : Vector{} + 1.0f) / (1.0f + small);
-}
-
 // y = silu(gate) * up, where a row of `joint` is a gate and an up of `size` each.
 static void swiglu_forward(const float *joint, long rows, long size, float *y) {
 #pragma omp parallel for schedule(static)

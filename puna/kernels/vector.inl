@@ -51,6 +51,12 @@ static inline Vector exponential(Vector x) {
     return (Vector)((Integers)sum + ((Integers)shifted << 23));
 }
 
+// 1 / (1 + e^-x), without overflow.
+static inline Vector logistic(Vector x) {
+    const Vector small = exponential(x < 0.0f ? x : -x);
+    return (x < 0.0f ? small : Vector{} + 1.0f) / (1.0f + small);
+}
+
 static inline long padded(long count) { return (count + WIDTH - 1) / WIDTH * WIDTH; }
 
 // Each lane plus the one that is HALF, HALF / 2, ... lanes away.
